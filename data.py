@@ -1,0 +1,216 @@
+"""Questions about audio: reading question files, building prompts, loading clips, sharing questions over ranks.
+
+Four formats are told apart by the content of each record:
+
+    MMAU      {"audio_id", "question", "choices", "answer", "task", "sub-category", "difficulty", ...}
+    R1-AQA    AVQA's fields plus {"dataset_name", "audio_path"}; the paper's own training file
+    AVQA      {"video_name", "question_text", "multi_choice", "answer": index, ...}; AVQA's train_qa.json
+    plain     {"audio", "question", "choices", "answer"}; your own data
+
+A file is either one JSON list or one JSON object a line.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+SAMPLE_RATE = 16_000  # Hz; what Qwen2-Audio's mel spectrogram is made for
+MIN_SAMPLES = 400  # one 25 ms window of that spectrogram; less holds no audio token
+
+# The exact texts that the paper's released checkpoints were trained with. {choices} is a Python list's own repr.
+_OPTIONS = "{question} Please choose the answer from the following options: {choices}."
+TEMPLATES = {
+    "direct": _OPTIONS,
+    "answer": _OPTIONS + " Output the final answer in <answer> </answer>.",
+    "think": _OPTIONS + " Output the thinking process in <think> </think> and final answer in <answer> </answer>.",
+}
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message is one line that names the place, the fault and the remedy."""
+
+
+@dataclass
+class Question:
+    id: str
+    audio: str  # path of an existing file
+    question: str
+    choices: list[str]
+    answer: str | None  # one of the choices; None where it is withheld
+    task: str | None = None
+    difficulty: str | None = None
+    sub_category: str | None = None
+
+
+def build_prompt(question: Question, template: str) -> str:
+    """The user's text for a question, without chat markup. Raises InputError for an unknown template."""
+    if template not in TEMPLATES:
+        raise InputError(f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
+    return TEMPLATES[template].format(question=question.question, choices=question.choices)
+
+
+# ---- question files ----
+
+
+def read_records(path: str) -> list[tuple[str, dict]]:
+    """The JSON objects of a question file, each with the place it stands at ("FILE, line 3"), in file order."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such question file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+    if text.lstrip().startswith("["):
+        try:
+            records = [(f"{path}, record {i}", record) for i, record in enumerate(json.loads(text), start=1)]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    records.append((f"{path}, line {number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
+    if not records:
+        raise InputError(f"{path}: holds no questions")
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: expected a JSON object, found {type(record).__name__}")
+    return records
+
+
+def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
+    """Read a question file of any known format.
+
+    Relative audio paths are relative to `audio_dir`, or else to the question file's folder. Raises InputError for
+    the first malformed record, and for missing audio files with their count once all records have been read.
+    """
+    folder = audio_dir or os.path.dirname(path)
+    questions, missing, odd = [], [], []
+    for place, record in read_records(path):
+        question = _parse(record, place, folder)
+        if not os.path.isfile(question.audio):
+            missing.append(f"{place}: no audio file {question.audio}")
+        if question.answer is not None and question.answer not in question.choices:
+            if "audio_id" not in record:
+                raise InputError(f"{place}: answer {question.answer!r} is not among the choices {question.choices}")
+            odd.append(place)  # MMAU's own rule does not need it there, and a published benchmark is scored as it is
+        questions.append(question)
+    if missing:
+        raise InputError(
+            f"{missing[0]} ({len(missing)} of {len(questions)} audio files missing); "
+            "give their folder with --audio_dir or take these questions out"
+        )
+    if odd:
+        print(f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)")
+    return questions
+
+
+def _parse(record: dict, place: str, folder: str) -> Question:
+    """One record of any format as a Question. `place` and `folder` are as in load_questions."""
+    if "multi_choice" in record:  # AVQA's fields
+        question = _text(record, "question_text", place).replace("video", "audio")  # as the paper's code does
+        choices = _choices(record, "multi_choice", place)
+        index = record.get("answer")
+        if type(index) is not int or not 0 <= index < len(choices):
+            raise InputError(
+                f"{place}: answer must be the index of one of the {len(choices)} choices, counted from 0; "
+                f"found {index!r}"
+            )
+        answer = choices[index]
+        if "audio_path" in record:
+            audio = os.path.join(folder, _text(record, "audio_path", place))
+        else:
+            audio = _find_avqa_audio(_text(record, "video_name", place), folder)
+    elif "audio_id" in record or "audio" in record:  # MMAU, plain
+        question = _text(record, "question", place)
+        choices = _choices(record, "choices", place)
+        answer = record.get("answer") or None
+        if answer is not None and not isinstance(answer, str):
+            raise InputError(f"{place}: answer must be the text of one of the choices; found {answer!r}")
+        audio = os.path.join(folder, _text(record, "audio_id" if "audio_id" in record else "audio", place))
+    else:
+        raise InputError(
+            f"{place}: not a question; expected the fields of MMAU (audio_id), R1-AQA (audio_path, multi_choice), "
+            f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {sorted(record)}"
+        )
+    return Question(
+        id=str(record.get("id", place)),
+        audio=os.path.normpath(audio),
+        question=question,
+        choices=choices,
+        answer=answer,
+        task=record.get("task"),
+        difficulty=record.get("difficulty"),
+        sub_category=record.get("sub-category", record.get("sub_category")),
+    )
+
+
+def _text(record: dict, key: str, place: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: {key} must be a text that is not empty; found {value!r}")
+    return value
+
+
+def _choices(record: dict, key: str, place: str) -> list[str]:
+    choices = record.get(key)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
+        raise InputError(f"{place}: {key} must be a list of at least 2 texts; found {choices!r}")
+    return choices
+
+
+def _find_avqa_audio(video_name: str, folder: str) -> str:
+    """The audio of an AVQA video: VGGSound's own name (ID_000030) or that of the paper's authors (ID_30)."""
+    stem, _, second = video_name.rpartition("_")
+    names = [video_name] + ([f"{stem}_{int(second)}"] if stem and re.fullmatch(r"[0-9]+", second) else [])
+    paths = [os.path.join(folder, name + suffix) for name in names for suffix in (".wav", ".flac", ".ogg", ".mp3")]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
+
+
+# ---- audio ----
+
+
+def load_audio(path: str) -> np.ndarray:
+    """A clip's first channel as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise InputError(f"{path}: cannot be read as audio ({error}); replace or remove this clip") from None
+    audio = soxr.resample(samples[:, 0], rate, SAMPLE_RATE)
+    if len(audio) < MIN_SAMPLES:
+        raise InputError(f"{path}: {len(audio) / SAMPLE_RATE * 1000:.0f} ms of audio; at least 25 ms are needed")
+    if not np.isfinite(audio).all():
+        raise InputError(f"{path}: holds NaN or infinite samples; replace or remove this clip")
+    return audio
+
+
+# ---- which questions a rank trains on ----
+
+
+def step_indices(num_questions: int, step: int, prompts_per_rank: int, rank: int, world_size: int, seed: int):
+    """Indices of the questions that `rank` trains on in `step` (counted from 0), [prompts_per_rank].
+
+    All ranks read one endless stream, epoch after epoch, each epoch a fresh shuffle of all questions by seed and
+    epoch, so that every question is used once per epoch whatever the number of ranks. A step takes the stream's next
+    prompts_per_rank * world_size questions. A pure function: the position in the data is the step number.
+    """
+    start = (step * world_size + rank) * prompts_per_rank
+    indices = []
+    for position in range(start, start + prompts_per_rank):
+        epoch, offset = divmod(position, num_questions)
+        indices.append(int(_epoch_order(num_questions, epoch, seed)[offset]))
+    return indices
+
+
+def _epoch_order(num_questions: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_questions)

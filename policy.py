@@ -1,0 +1,252 @@
+"""Qwen2-Audio as GRPO needs it: load it, compute a prompt once per group, sample the group, score completions.
+
+Shapes: B prompts, G completions each, N = B * G, P prompt tokens, T completion tokens, F mel frames, H hidden size.
+Prompts are padded on the left and completions on the right, so the two meet without a gap. The completions of a
+prompt are consecutive rows: row b * G + g is completion g of prompt b.
+
+Everything here rests on one idea. A prompt is mostly audio and hundreds of tokens long, a completion a dozen, and
+the G completions of a group share their prompt. So the prompt goes through the model once, its keys and values are
+repeated G times, and only the completions run on them: in sampling, in the reference pass and, because repeating is
+differentiable, in the training pass.
+"""
+
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers.masking_utils import create_bidirectional_mask
+
+from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
+
+Prompt = dict[str, Tensor]  # what encode_prompts returns
+
+
+def check_model(name_or_path: str) -> None:
+    """Raise InputError unless a Hugging Face name or folder is a Qwen2-Audio model. Loads no weights."""
+    if os.path.exists(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
+        raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
+    with _one_line_errors(name_or_path):
+        model_type = AutoConfig.from_pretrained(name_or_path).model_type
+    if model_type != "qwen2_audio":
+        raise InputError(f"{name_or_path}: a {model_type} model; only Qwen2-Audio models work here")
+
+
+def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
+    """Load a Qwen2-Audio model and its processor by Hugging Face name or folder. Raises InputError.
+
+    The model is in eval mode, and stays there in training: the same tokens must have the same log-probs each time.
+    """
+    check_model(name_or_path)
+    with _one_line_errors(name_or_path):
+        processor = AutoProcessor.from_pretrained(name_or_path)
+        model = Qwen2AudioForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
+    processor.tokenizer.padding_side = "left"
+    return model.to(device).eval(), processor
+
+
+@contextmanager
+def _one_line_errors(name_or_path: str):
+    try:
+        yield
+    except (OSError, ValueError) as error:  # what transformers raises for names and files that it can't use
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name_or_path}: cannot be loaded as a Qwen2-Audio model ({reason})") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of --dtype: auto is bfloat16 on a GPU and float32 elsewhere."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+# ---- prompts ----
+
+
+def encode_prompts(processor, questions: list[Question], template: str, silence: bool = False) -> Prompt:
+    """Questions with their clips as left-padded model inputs on the CPU.
+
+    Returns input_ids and attention_mask [B, P], input_features [B, mels, F] and feature_attention_mask [B, F], where F
+    is the longest clip's frames plus two (see audio_features) instead of the 30 s that the processor pads to.
+    With `silence`, each clip is replaced by zeros of its own length.
+    """
+    texts, clips = [], []
+    for question in questions:
+        content = [{"type": "audio", "audio_url": question.audio}, {"type": "text", "text": build_prompt(question, template)}]
+        messages = [{"role": "user", "content": content}]
+        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        clip = load_audio(question.audio)
+        clips.append(np.zeros_like(clip) if silence else clip)
+    prompt = processor(text=texts, audio=clips, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding=True)
+    frames = int(prompt["feature_attention_mask"].sum(-1).max()) + 2
+    return {
+        "input_ids": prompt["input_ids"],
+        "attention_mask": prompt["attention_mask"],
+        "input_features": prompt["input_features"][:, :, :frames],
+        "feature_attention_mask": prompt["feature_attention_mask"][:, :frames],
+    }
+
+
+def slice_prompt(prompt: Prompt, start: int, stop: int) -> Prompt:
+    """Prompts start to stop of a batch."""
+    return {name: tensor[start:stop] for name, tensor in prompt.items()}
+
+
+def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
+    """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H].
+
+    The model's own encoder takes 30 s of mel frames, 3,000, whatever a clip's length. Here it runs over the longest
+    clip's frames plus two: the two convolutions (kernel 3, the second with stride 2) look that far past a clip's end,
+    where the full-length spectrogram holds padding; further padding is masked in attention and reaches no audio token.
+    """
+    tower = model.model.audio_tower
+    frames = feature_attention_mask.sum(-1)
+    hidden = F.gelu(tower.conv1(input_features.to(tower.conv1.weight.dtype)))
+    hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)  # [B, encoder frames, audio hidden]
+    hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
+
+    encoder_frames, audio_tokens = tower._get_feat_extract_output_lengths(frames)
+    heard = torch.arange(hidden.shape[1], device=hidden.device) < encoder_frames[:, None]
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=heard)
+    for layer in tower.layers:
+        hidden = layer(hidden, mask)
+    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+    valid = torch.arange(hidden.shape[1], device=hidden.device) < audio_tokens[:, None]
+    return model.model.multi_modal_projector(hidden[valid])
+
+
+# ---- prefill and decode ----
+
+
+def prefill(model, prompt: Prompt):
+    """Run each prompt through the model once. Returns its last hidden state [B, H] and its KV cache."""
+    input_ids, attention_mask = prompt["input_ids"], prompt["attention_mask"]
+    features = audio_features(model, prompt["input_features"], prompt["feature_attention_mask"])
+    embeds = model.get_input_embeddings()(input_ids)
+    is_audio = (input_ids == model.config.audio_token_id)[:, :, None]
+    embeds = embeds.masked_scatter(is_audio, features.to(embeds.dtype))
+    out = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # left padding takes no positions
+        use_cache=True,
+    )
+    return out.last_hidden_state[:, -1], out.past_key_values
+
+
+def decode(model, tokens: Tensor, cache, attention_mask: Tensor) -> Tensor:
+    """Run completion tokens [N, t] on the cache of what stands before them, adding them to it. Returns [N, t, H].
+
+    `attention_mask` [N, cached + t] covers the cached tokens and the new ones.
+    """
+    # The completion has no audio of its own: a sampled <|AUDIO|> is embedded as the word that it is.
+    return model.model.language_model(
+        inputs_embeds=model.get_input_embeddings()(tokens),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(-1) - 1)[:, -tokens.shape[1] :],
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def sample_group(
+    model,
+    prompt: Prompt,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    stop_ids: list[int],
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sample `group_size` completions of each prompt from the full distribution: no top-k, no top-p, no penalties.
+
+    Temperature 0 takes the most likely token. Returns completions [N, T], T <= max_new_tokens, filled up with
+    stop_ids[0] after their end, and their mask [N, T]: True up to and including the first stop token.
+    """
+    hidden, cache = prefill(model, prompt)
+    hidden = hidden.repeat_interleave(group_size, dim=0)
+    cache.batch_repeat_interleave(group_size)
+    attention_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
+    stop = torch.tensor(stop_ids, device=hidden.device)
+    finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+
+    completions, mask = [], []
+    while True:
+        tokens = sample_tokens(model.lm_head(hidden), temperature, generator)
+        tokens = torch.where(finished, stop[0], tokens)
+        completions.append(tokens)
+        mask.append(~finished)
+        finished = finished | torch.isin(tokens, stop)
+        if len(completions) == max_new_tokens or finished.all():
+            return torch.stack(completions, dim=1), torch.stack(mask, dim=1)
+        attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        hidden = decode(model, tokens[:, None], cache, attention_mask)[:, -1]
+
+
+def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """A token id for each row of logits [N, vocabulary], drawn from softmax(logits / temperature) in float32."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+
+
+def completion_logprobs(
+    model, prompt: Prompt, completions: Tensor, mask: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of sampled completions, with gradient unless under no_grad. One path for policy and reference.
+
+    prompt: B prompts; completions, mask: [N, T] with N = B * G as sample_group returns them. Returns the tokens'
+    log-probs under softmax(logits / temperature) and, without gradient, that distribution's entropy in nats, both
+    [N, T] float32 and 0 where the mask is False. Logits are computed for completion tokens only.
+    """
+    group_size = len(completions) // len(prompt["input_ids"])
+    hidden, cache = prefill(model, prompt)
+    hidden = hidden.repeat_interleave(group_size, dim=0)[:, None]  # [N, 1, H]; predicts the first completion token
+    if completions.shape[1] > 1:
+        cache.batch_repeat_interleave(group_size)
+        prompt_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
+        attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], dim=1)
+        hidden = torch.cat([hidden, decode(model, completions[:, :-1], cache, attention_mask)], dim=1)
+
+    logits = model.lm_head(hidden[mask]).float() / temperature  # [completion tokens, vocabulary]
+    all_logprobs = logits.log_softmax(dim=-1)
+    token_logprobs = all_logprobs.gather(-1, completions[mask][:, None])[:, 0]
+    with torch.no_grad():
+        token_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_scatter(mask, token_logprobs), zeros.masked_scatter(mask, token_entropy)
+
+
+# ---- text ----
+
+
+def stop_token_ids(model, processor) -> list[int]:
+    """The tokens that end a completion: the tokenizer's end of turn first, then what the checkpoint adds to it."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return list(dict.fromkeys([processor.tokenizer.eos_token_id, *configured]))
+
+
+def decode_text(processor, completions: Tensor, mask: Tensor) -> list[str]:
+    """The texts of completions [N, T] without special tokens, as the rewards see them."""
+    rows = [tokens[valid].tolist() for tokens, valid in zip(completions.cpu(), mask.cpu())]
+    return processor.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def answer_greedily(
+    model, processor, questions: list[Question], template: str, max_new_tokens: int, silence: bool = False
+) -> list[str]:
+    """The most likely completion of each question, as text: one batch of left-padded prompts, the sampler above."""
+    prompt = to_device(encode_prompts(processor, questions, template, silence), model.device)
+    completions, mask = sample_group(model, prompt, 1, max_new_tokens, 0.0, stop_token_ids(model, processor))
+    return decode_text(processor, completions, mask)
+
+
+def to_device(prompt: Prompt, device: torch.device) -> Prompt:
+    return {name: tensor.to(device) for name, tensor in prompt.items()}
