@@ -33,6 +33,23 @@ def append_jsonl(path: Path, record: dict) -> None:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def log_completions(path: Path, step: int, questions, prompts, texts, rewards, advantages) -> None:
+    """Add B questions with their G completions each, one line a question. rewards, advantages: [B, G]."""
+    group_size = rewards.shape[1]
+    for b, question in enumerate(questions):
+        record = {
+            "step": step,
+            "id": question.id,
+            "audio": question.audio,
+            "prompt": prompts[b],
+            "answer": question.answer,
+            "completions": texts[b * group_size : (b + 1) * group_size],
+            "rewards": rewards[b].tolist(),
+            "advantages": [round(advantage, 4) for advantage in advantages[b].tolist()],
+        }
+        append_jsonl(path, record)
+
+
 def save_checkpoint(folder: Path, model, processor) -> None:
     """Write model and processor as a Hugging Face folder that is either complete or not there at all."""
     unfinished = folder.with_name(folder.name + ".unfinished")

@@ -61,7 +61,7 @@ def build_prompt(question: Question, template: str) -> str:
 def read_records(path: str) -> list[tuple[str, dict]]:
     """The JSON objects of a question file, each with the place it stands at ("FILE, line 3"), in file order."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # with or without a byte-order mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such question file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -134,8 +134,8 @@ def _parse(record: dict, place: str, folder: str) -> Question:
     elif "audio_id" in record or "audio" in record:  # MMAU, plain
         question = _text(record, "question", place)
         choices = _choices(record, "choices", place)
-        answer = record.get("answer") or None
-        if answer is not None and not isinstance(answer, str):
+        answer = record.get("answer", "")
+        if not isinstance(answer, str | None):
             raise InputError(f"{place}: answer must be the text of one of the choices; found {answer!r}")
         audio = os.path.join(folder, _text(record, "audio_id" if "audio_id" in record else "audio", place))
     else:
@@ -148,7 +148,7 @@ def _parse(record: dict, place: str, folder: str) -> Question:
         audio=os.path.normpath(audio),
         question=question,
         choices=choices,
-        answer=answer,
+        answer=answer or None,  # MMAU leaves out, or empty, the answers that it withholds
         task=record.get("task"),
         difficulty=record.get("difficulty"),
         sub_category=record.get("sub-category", record.get("sub_category")),
@@ -184,7 +184,7 @@ def load_audio(path: str) -> np.ndarray:
     """A clip's first channel as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, soundfile.LibsndfileError) as error:
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: a headerless .raw
         raise InputError(f"{path}: cannot be read as audio ({error}); replace or remove this clip") from None
     audio = soxr.resample(samples[:, 0], rate, SAMPLE_RATE)
     if len(audio) < MIN_SAMPLES:

@@ -23,6 +23,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_model(name_or_path: str) -> None:
@@ -31,8 +32,8 @@ def check_model(name_or_path: str) -> None:
         raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
     with _one_line_errors(name_or_path):
         model_type = AutoConfig.from_pretrained(name_or_path).model_type
-    if model_type != "qwen2_audio":
-        raise InputError(f"{name_or_path}: a {model_type} model; only Qwen2-Audio models work here")
+        if model_type != "qwen2_audio":
+            raise ValueError(f"its config.json says {model_type}")
 
 
 def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
@@ -43,7 +44,11 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     check_model(name_or_path)
     with _one_line_errors(name_or_path):
         processor = AutoProcessor.from_pretrained(name_or_path)
-        model = Qwen2AudioForConditionalGeneration.from_pretrained(name_or_path, dtype=dtype)
+        model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
+            name_or_path, dtype=dtype, output_loading_info=True
+        )
+        if loaded["missing_keys"]:  # transformers would go on with random weights in their place
+            raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
     processor.tokenizer.padding_side = "left"
     return model.to(device).eval(), processor
 
@@ -52,16 +57,14 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
 def _one_line_errors(name_or_path: str):
     try:
         yield
-    except (OSError, ValueError) as error:  # what transformers raises for names and files that it can't use
+    except Exception as error:  # transformers, safetensors and tokenizers raise all kinds for files they can't use
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{name_or_path}: cannot be loaded as a Qwen2-Audio model ({reason})") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of --dtype: auto is bfloat16 on a GPU and float32 elsewhere."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+    """The dtype that --dtype names; auto is bfloat16 on a GPU and float32 elsewhere."""
+    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
 
 
 # ---- prompts ----

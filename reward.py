@@ -54,10 +54,9 @@ def format_reward(completion: str, template: str) -> float:
 
 def _enclosed(text: str, opening: str) -> str | None:
     """What stands between `opening` at the very start and </answer> at the very end of the text, or None."""
-    closing = "</answer>"
-    if len(text) < len(opening) + len(closing) or not (text.startswith(opening) and text.endswith(closing)):
+    if not (text.startswith(opening) and text.endswith("</answer>")):
         return None
-    return text[len(opening) : -len(closing)]
+    return text[len(opening) : -len("</answer>")]
 
 
 def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:

@@ -1,8 +1,8 @@
 """The embedded default: a tiny real Qwen2-Audio that trains on a CPU, and the small world it listens to.
 
 The model has the classes, the chat markup and the processor of Qwen2-Audio-7B-Instruct at a ten-thousandth of its
-size. A short supervised warm start on partly wrong answers leaves it sure of the answer's form and unsure of the
-answer: the state in which GRPO takes over a real model.
+size. A short supervised warm start teaches it the form of an answer, on answers picked at random: it can read a
+question, and guesses. All that it hears it has to learn from GRPO's rewards.
 
     python toy.py --questions FILE --out DIR     a tiny base model for your own questions, to try them on a laptop
 """
@@ -10,7 +10,6 @@ answer: the state in which GRPO takes over a real model.
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -93,38 +92,81 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     return model.eval(), processor
 
 
-def warm_start(model, processor, questions, steps, random_answers, seed, batch_size=32, lr=1e-3, template="answer"):
-    """Supervised training on <answer>...</answer>; a share `random_answers` of the answers is any of the choices."""
+def warm_start(model, processor, questions: list[Question], steps: int, seed: int) -> None:
+    """Supervised training on <answer>...</answer> around any of the choices, right or wrong.
+
+    It teaches the form of an answer and nothing about sounds, so afterwards the model guesses, each choice as likely
+    as the others. Batches of 32; the learning rate rises to 1e-3 over 50 steps.
+    """
     rng = np.random.default_rng(seed)
     tokenizer = processor.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    bar = tqdm(range(steps), desc="warm start", unit="step")
+    bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = [questions[i] for i in rng.choice(len(questions), batch_size)]
-        answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
-        targets = [tokenizer(f"<answer>{answer}</answer>{tokenizer.eos_token}")["input_ids"] for answer in answers]
-        completions = tokenizer.pad({"input_ids": targets}, padding_side="right", return_tensors="pt")
+        batch = [questions[i] for i in rng.choice(len(questions), 32)]
+        texts = [f"<answer>{rng.choice(question.choices)}</answer>{tokenizer.eos_token}" for question in batch]
+        completions = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         mask = completions["attention_mask"].bool()
-        prompt = encode_prompts(processor, batch, template)
+        prompt = encode_prompts(processor, batch, "answer")
         logprobs, _ = completion_logprobs(model, prompt, completions["input_ids"], mask, temperature=1.0)
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 50)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def make_toy(folder: Path, seed: int) -> None:
+def paths(folder: Path) -> tuple[Path, Path, Path]:
+    """Where make_toy puts the base model, the training questions and the held-out questions."""
+    return folder / "base", folder / "world" / "train.jsonl", folder / "world" / "heldout.json"
+
+
+def make_toy(folder: Path) -> None:
     """Make folder/world (sounds and questions) and folder/base (the warm-started model), or find them there."""
-    world, base = folder / "world", folder / "base"
+    base, train, _ = paths(folder)
+    world = train.parent
     if not world.exists():
-        print(f"making the toy's sounds and questions in {world}", flush=True)
-        write_world(world)
+        print(f"making sounds and questions in {world}", flush=True)
+        unfinished = world.with_name("world.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_world(unfinished)
+        unfinished.rename(world)
     if not base.exists():
-        questions = load_questions(str(world / "train.jsonl"))
-        model, processor = make_model(questions, 2, 0)
-        warm_start(model, processor, questions, int(os.environ.get("WS","120")), float(os.environ.get("WN",".5")), 0)
-        save_checkpoint(base, model, processor)
+        make_base(load_questions(str(train)), base)
+
+
+def make_base(questions: list[Question], out: Path, steps: int = 80, seed: int = 0) -> None:
+    """Write a tiny warm-started base model for `questions` to the folder `out`."""
+    longest = max(soundfile.info(question.audio).duration for question in questions)
+    model, processor = make_model(questions, min(MAX_SECONDS, math.ceil(longest)), seed)
+    warm_start(model, processor, questions, steps, seed)
+    save_checkpoint(out, model, processor)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Make a tiny Qwen2-Audio base model for a question file, to try grpo_aqa.py on it without a GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--questions", required=True, help="training questions: R1-AQA, AVQA, MMAU or plain file")
+    add("--audio_dir", help="folder that relative audio paths start from; default: the question file's")
+    add("--out", required=True, help="folder for the model")
+    add("--steps", type=int, default=80, help="steps of the supervised warm start, 32 questions each")
+    add("--seed", type=int, default=0, help="of the weights and the order of questions")
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, not {args.steps}")
+    questions = load_questions(args.questions, args.audio_dir)
+    make_base(questions, Path(args.out), args.steps, args.seed)
+    print(f"base model: {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"toy.py: error: {error}")

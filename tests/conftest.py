@@ -1,0 +1,32 @@
+"""Shared by the tests: a tiny Qwen2-Audio with random weights, and questions about clips of different lengths."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import toy
+from data import Question
+
+torch.set_num_threads(1)  # two cores that wait for each other are slower on tensors this small
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> list[Question]:
+    """Four questions of different text lengths, about clips of 0.4, 1.0, 1.31 and 2.0 s."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    made = []
+    for i, seconds in enumerate((0.4, 1.0, 1.31, 2.0)):
+        path = folder / f"{i}.wav"
+        soundfile.write(path, 0.3 * rng.normal(size=int(16_000 * seconds)).clip(-3, 3), 16_000)
+        text = "What is it?" if i % 2 else "Which of these sounds, if any at all, is in the audio?"
+        made.append(Question(str(i), str(path), text, ["rain", "a bell", "wind"][: 2 + i % 2], "rain"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny(questions):
+    """(model, processor): random weights, float64 so that two ways of computing agree to many digits."""
+    model, processor = toy.make_model(questions, seconds=2, seed=0)
+    return model.double(), processor

@@ -1,0 +1,316 @@
+"""Question files of every format, prompts, bad input, clips of every kind, and the sharing of questions over ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from data import InputError, Question, build_prompt, load_audio, load_questions, step_indices
+
+REAL_SOUNDS = Path(__file__).resolve().parents[2] / "shared" / "real_sounds"
+
+R1_AQA = {"id": 7, "video_name": "x", "video_id": 3, "question_text": "Which video sound is in the video?"}
+R1_AQA |= {"multi_choice": ["a dog", "it's"], "answer": 1, "question_relation": "Sound", "question_type": "Which"}
+R1_AQA |= {"dataset_name": "AVQA", "audio_path": "a.wav"}
+AVQA = {key: R1_AQA[key] for key in R1_AQA if key not in ("dataset_name", "audio_path")} | {"video_name": "a"}
+MMAU = {"id": "u-1", "audio_id": "./a.wav", "question": "In the video?", "choices": ["a dog", "it's"]}
+MMAU |= {"answer": "a dog", "task": "sound", "category": "y", "sub-category": "z", "difficulty": "hard"}
+PLAIN = {"audio": "a.wav", "question": "In the video?", "choices": ["a dog", "it's"], "answer": "it's"}
+FORMATS = {"R1-AQA": R1_AQA, "AVQA": AVQA, "MMAU": MMAU, "plain": PLAIN}
+
+
+def changed(record: dict, **fields) -> str:
+    """The record as JSON with some fields changed; None leaves a field out."""
+    return json.dumps({key: value for key, value in {**record, **fields}.items() if value is not None})
+
+
+def write_clip(path, samples=np.zeros(1600), rate=16_000, subtype="FLOAT"):
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, samples, rate, subtype=subtype)
+
+
+def load(folder, *lines, audio_dir=None):
+    (folder / "q.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return load_questions(str(folder / "q.jsonl"), audio_dir)
+
+
+# ---- question files ----
+
+
+@pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.txt"])
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "lines"])
+def test_formats(tmp_path, name, as_list):
+    """All four formats, also mixed, as a JSON list or as lines whatever the file's suffix says."""
+    audio, path, choices = str(tmp_path / "a.wav"), str(tmp_path / name), ["a dog", "it's"]
+    write_clip(tmp_path / "a.wav")
+    lines = [json.dumps(record) for record in FORMATS.values()]
+    text = "\n [" + ",\n".join(lines) + "]\n" if as_list else "\n" + "\r\n\n".join(lines)
+    (tmp_path / name).write_bytes(text.encode())
+    place = f"{path}, record 4" if as_list else f"{path}, line 8"
+    assert load_questions(path) == [
+        Question("7", audio, "Which audio sound is in the audio?", choices, "it's"),
+        Question("7", audio, "Which audio sound is in the audio?", choices, "it's"),
+        Question("u-1", audio, "In the video?", choices, "a dog", task="sound", difficulty="hard", sub_category="z"),
+        Question(place, audio, "In the video?", choices, "it's"),
+    ]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_audio_paths(tmp_path, format):
+    """Relative to audio_dir, or else to the question file's folder."""
+    write_clip(tmp_path / "a.wav")
+    write_clip(tmp_path / "clips" / "a.wav")
+    line = json.dumps(FORMATS[format])
+    assert load(tmp_path, line)[0].audio == str(tmp_path / "a.wav")
+    assert load(tmp_path, line, audio_dir=str(tmp_path / "clips"))[0].audio == str(tmp_path / "clips" / "a.wav")
+
+
+def test_absolute_audio_and_relative_file(tmp_path, monkeypatch):
+    """An absolute audio path stays as it is; a question file may be named without any folder."""
+    write_clip(tmp_path / "a.wav")
+    line = changed(PLAIN, audio=str(tmp_path / "a.wav"))
+    assert load(tmp_path, line, json.dumps(PLAIN), audio_dir=str(tmp_path))[0].audio == str(tmp_path / "a.wav")
+    monkeypatch.chdir(tmp_path)
+    assert [question.audio for question in load_questions("q.jsonl")] == [str(tmp_path / "a.wav"), "a.wav"]
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+@pytest.mark.parametrize(
+    "video_name, stem",
+    [("-HG3Omg_89c_000030", "-HG3Omg_89c_000030"), ("-HG3Omg_89c_000030", "-HG3Omg_89c_30")]
+    + [("a_b_000000", "a_b_0"), ("a_b_000120", "a_b_120"), ("no-second", "no-second"), ("no_second", "no_second")],
+)
+def test_avqa_audio(tmp_path, video_name, stem, suffix):
+    """A video's audio is found under either name and any suffix, and no other clip of the video is taken for it."""
+    for name in (f"{stem}1.wav", f"{stem}_3.wav", "-HG3Omg_89c_3.wav", "-HG3Omg_89c.wav"):
+        write_clip(tmp_path / name)
+    with pytest.raises(InputError, match="1 of 1 audio files missing"):
+        load(tmp_path, changed(AVQA, video_name=video_name))
+    (tmp_path / (stem + suffix)).touch()
+    assert load(tmp_path, changed(AVQA, video_name=video_name))[0].audio == str(tmp_path / (stem + suffix))
+
+
+@pytest.mark.parametrize("record", [MMAU, PLAIN], ids=["MMAU", "plain"])
+@pytest.mark.parametrize("withheld", [{"answer": None}, {"answer": ""}], ids=["no key", "empty"])
+def test_withheld_answer(tmp_path, record, withheld, capsys):
+    """MMAU withholds the answers of its big test set, by leaving them out or empty."""
+    write_clip(tmp_path / "a.wav")
+    loaded = load(tmp_path, changed(record, **withheld), json.dumps(record | {"answer": None}))
+    assert [question.answer for question in loaded] == [None, None]
+    assert capsys.readouterr().out == ""
+
+
+def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
+    """Kept as it is published, and counted in one printed line."""
+    write_clip(tmp_path / "a.wav")
+    lines = [json.dumps(MMAU), changed(MMAU, answer="A dog"), changed(MMAU, answer="a cat")]
+    assert [question.answer for question in load(tmp_path, *lines)] == ["a dog", "A dog", "a cat"]
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and f"{tmp_path / 'q.jsonl'}, line 2" in out and "2 such" in out
+
+
+@pytest.mark.parametrize(
+    "template, ending",
+    [
+        ("direct", ""),
+        ("answer", " Output the final answer in <answer> </answer>."),
+        ("think", " Output the thinking process in <think> </think> and final answer in <answer> </answer>."),
+    ],
+)
+def test_build_prompt(template, ending):
+    """The exact texts of the released checkpoints; braces in a question survive."""
+    text = "Is {it} 100%? Please choose the answer from the following options: ['a', \"it's\"]."
+    assert build_prompt(Question("0", "a.wav", "Is {it} 100%?", ["a", "it's"], "a"), template) == text + ending
+
+
+def test_build_prompt_unknown_template():
+    """The message names the template and the known ones."""
+    with pytest.raises(InputError, match="'thinking'.*direct, answer, think"):
+        build_prompt(Question("0", "a.wav", "What?", ["a", "b"], "a"), "thinking")
+
+
+# ---- bad input ----
+
+OK, FILE, CLIP = json.dumps(PLAIN), "q.json", "a.wav"
+LOST = changed(AVQA, video_name="b_000007")
+NAN = np.where(np.arange(16_000) == 8_000, np.nan, 0)
+# case: (question file: text, bytes or what to do with its path), (clip: samples, bytes or ...), what the message names
+BAD = {
+    "missing file": (lambda path: None, None, [FILE]),
+    "a directory": (Path.mkdir, None, [FILE]),
+    "latin-1": (changed(PLAIN, question="?").replace("?", "é").encode("latin-1"), None, [FILE, "UTF-8"]),
+    "UTF-16": (OK.encode("utf-16"), None, [FILE, "UTF-8"]),
+    "empty file": ("", None, [FILE]),
+    "empty list": ("[ ]", None, [FILE]),
+    "malformed line": (f"{OK}\n\n{OK[:-1]}\n{OK}", None, [FILE, "line 3", "JSON"]),
+    "malformed list": (f"[{OK},\n{OK}\n{OK}]", None, [FILE, "line 3", "JSON"]),
+    "unclosed list": (f"[{OK},\n{OK}", None, [FILE, "line 2", "JSON"]),
+    "one object over lines": (json.dumps(PLAIN, indent=1), None, [FILE, "line 1", "JSON"]),
+    "line not an object": (f'{OK}\n"text"', None, [FILE, "line 2"]),
+    "record not an object": (f"[{OK}, null]", None, [FILE, "record 2"]),
+    "no fields": ("{}", None, [FILE, "line 1"]),
+    "unknown fields": (f'{OK}\n{{"sound": 1, "text": 2}}', None, [FILE, "line 2", "sound", "text"]),
+    "no question": (changed(PLAIN, question=None), None, [FILE, "line 1", "question"]),
+    "empty question": (changed(PLAIN, question=""), None, [FILE, "line 1", "question"]),
+    "blank AVQA question": (changed(AVQA, question_text=" "), None, [FILE, "line 1", "question_text"]),
+    "no choices": (changed(PLAIN, choices=None), None, [FILE, "line 1", "choices"]),
+    "choices not a list": (changed(PLAIN, choices="ab"), None, [FILE, "line 1", "choices"]),
+    "one choice": (f"[{OK}, {changed(MMAU, choices=['a dog'])}]", None, [FILE, "record 2", "choices"]),
+    "choice not text": (changed(AVQA, multi_choice=["a", 2]), None, [FILE, "line 1", "multi_choice"]),
+    "no index": (changed(R1_AQA, answer=None), None, [FILE, "line 1", "answer"]),
+    "index too big": (changed(R1_AQA, answer=2), None, [FILE, "line 1", "answer", "2"]),
+    "index negative": (changed(R1_AQA, answer=-1), None, [FILE, "line 1", "answer", "-1"]),
+    "index boolean": (changed(AVQA, answer=True), None, [FILE, "line 1", "answer", "True"]),
+    "index float": (changed(AVQA, answer=1.0), None, [FILE, "line 1", "answer", "1.0"]),
+    "index text": (changed(AVQA, answer="1"), None, [FILE, "line 1", "answer", "'1'"]),
+    "answer not a choice": (changed(PLAIN, answer="A dog"), None, [FILE, "line 1", "'A dog'"]),
+    "answer is index 1": (changed(PLAIN, answer=1), None, [FILE, "line 1", "answer", "1"]),
+    "answer is index 0": (changed(PLAIN, answer=0), None, [FILE, "line 1", "answer", "0"]),
+    "no audio name": (changed(PLAIN, audio=7), None, [FILE, "line 1", "audio"]),
+    "audio is a folder": (changed(PLAIN, audio="."), None, [FILE, "line 1", "1 of 1"]),
+    "missing audio": (f"{OK}\n{LOST}\n{LOST}", None, [FILE, "line 2", "b_000007.wav", "2 of 3", "--audio_dir"]),
+    "clip is text": (OK, b"This is no sound.", [CLIP]),
+    "clip is empty": (OK, b"", [CLIP]),
+    "raw samples": (changed(PLAIN, audio="a.raw"), bytes(32_000), ["a.raw"]),
+    "zero samples": (OK, np.zeros(0), [CLIP, "0 ms"]),
+    "5 ms": (OK, np.ones(80), [CLIP, "5 ms"]),
+    "NaN": (OK, NAN, [CLIP, "NaN"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(tmp_path, case):
+    """Every fault is an InputError of one line that names the file, the line or record, and what is wrong."""
+    questions, clip, named = BAD[case]
+    if isinstance(clip, bytes):
+        (tmp_path / next(name for name in named if name.startswith("a."))).write_bytes(clip)
+    else:
+        write_clip(tmp_path / CLIP, np.zeros(1600) if clip is None else clip)
+    if callable(questions):
+        questions(tmp_path / FILE)
+    else:
+        (tmp_path / FILE).write_bytes(questions if isinstance(questions, bytes) else questions.encode())
+    with pytest.raises(InputError) as error:
+        for question in load_questions(str(tmp_path / FILE)):
+            load_audio(question.audio)
+    message = str(error.value).replace(str(tmp_path), "")
+    assert "\n" not in message
+    assert [name for name in named if name not in message] == []
+
+
+# ---- audio ----
+
+
+def tone(frequency, rate, amplitude=0.9):
+    """One second of a sine."""
+    return amplitude * np.sin(2 * np.pi * frequency * np.arange(rate) / rate)
+
+
+def spectrum(audio):
+    """Amplitude by frequency; one second at 16 kHz has a bin per Hz."""
+    window = np.hanning(len(audio))
+    return 2 * np.abs(np.fft.rfft(audio * window)) / window.sum()
+
+
+@pytest.mark.parametrize("rate", [5_000, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("share", [0.02, 0.25, 0.42], ids=["low", "middle", "high"])
+def test_resampling(tmp_path, rate, share):
+    """A tone keeps frequency and amplitude, and everything else stays 60 dB below full scale."""
+    frequency = int(share * min(rate, 16_000))
+    write_clip(tmp_path / "a.wav", tone(frequency, rate), rate)
+    audio = load_audio(str(tmp_path / "a.wav"))
+    assert audio.dtype == np.float32 and audio.ndim == 1 and abs(len(audio) - 16_000) <= 1
+    amplitudes = spectrum(audio)
+    assert abs(np.argmax(amplitudes) - frequency) <= 1
+    assert amplitudes.max() == pytest.approx(0.9, rel=0.01)
+    amplitudes[frequency - 4 : frequency + 5] = 0
+    assert amplitudes.max() < 1e-3
+
+
+@pytest.mark.parametrize("rate, frequency", [(22_050, 10_000), (44_100, 10_000), (48_000, 10_000), (48_000, 15_500)])
+def test_no_aliases(tmp_path, rate, frequency):
+    """A tone that 16 kHz cannot hold vanishes."""
+    write_clip(tmp_path / "a.wav", tone(frequency, rate), rate)
+    assert spectrum(load_audio(str(tmp_path / "a.wav"))).max() < 1e-3
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_first_channel_only(tmp_path, rate):
+    """As in the paper's code, the other channels are left out, not mixed in."""
+    write_clip(tmp_path / "mono.wav", tone(500, rate), rate)
+    write_clip(tmp_path / "many.wav", np.stack([tone(f, rate) for f in (500, 1500, 2500)], axis=1), rate)
+    assert np.array_equal(load_audio(str(tmp_path / "many.wav")), load_audio(str(tmp_path / "mono.wav")))
+
+
+LOSSLESS = [("a.wav", "PCM_16", 1e-4), ("a.wav", "PCM_24", 1e-6), ("a.wav", "DOUBLE", 1e-6), ("a.flac", "PCM_24", 1e-6)]
+LOSSY = [("a.ogg", "VORBIS", 0.02), ("a.mp3", "MPEG_LAYER_III", 0.02)]
+
+
+@pytest.mark.parametrize("name, subtype, tolerance", LOSSLESS + LOSSY)
+def test_file_formats(tmp_path, name, subtype, tolerance):
+    """Every kind of file reads as the float WAV does, up to its own precision."""
+    if name.endswith(".mp3") and "MP3" not in soundfile.available_formats():
+        pytest.skip("this libsndfile cannot write MP3")
+    stereo = np.stack([tone(500, 44_100, 0.5), tone(3_000, 44_100, 0.5)], axis=1)
+    write_clip(tmp_path / name, stereo, 44_100, subtype)
+    write_clip(tmp_path / "float.wav", stereo, 44_100)
+    audio, exact = load_audio(str(tmp_path / name)), load_audio(str(tmp_path / "float.wav"))
+    assert audio.dtype == np.float32 and audio.ndim == 1 and abs(len(audio) - 16_000) <= 1
+    assert np.abs(audio - exact)[1_000:-1_000].max() < tolerance
+
+
+@pytest.mark.parametrize("file, number", [("train_r1aqa.jsonl", 89), ("test_mmau.json", 44)])
+def test_real_recordings(file, number):
+    """Real recordings of many rates, mono and stereo, go through."""
+    if not REAL_SOUNDS.is_dir():
+        pytest.skip("no real recordings next to this checkout")
+    questions = load_questions(str(REAL_SOUNDS / file))
+    assert len(questions) == number
+    for question in questions:
+        assert question.answer in question.choices and "video" not in question.question
+        audio, info = load_audio(question.audio), soundfile.info(question.audio)
+        assert audio.dtype == np.float32 and audio.ndim == 1 and np.abs(audio).max() < 2
+        assert abs(len(audio) - 16_000 * info.frames / info.samplerate) <= 1
+
+
+# ---- which questions a rank trains on ----
+
+
+def stream(number, steps, prompts, world_size, seed=0):
+    """What all ranks together train on, step by step."""
+    places = [(step, rank) for step in range(steps) for rank in range(world_size)]
+    return [i for step, rank in places for i in step_indices(number, step, prompts, rank, world_size, seed)]
+
+
+@pytest.mark.parametrize("number", [1, 5, 7, 12])
+@pytest.mark.parametrize("prompts, world_size", [(1, 1), (4, 1), (2, 2), (1, 3), (2, 8), (3, 5)])
+def test_every_question_once_an_epoch(number, prompts, world_size):
+    """Also where a step runs on into the next epoch, or is longer than an epoch."""
+    indices = stream(number, 2 * number, prompts, world_size)
+    assert len(indices) == 2 * number * prompts * world_size
+    for start in range(0, len(indices), number):
+        assert sorted(indices[start : start + number]) == list(range(number))
+
+
+def test_same_stream_for_any_number_of_ranks():
+    """One rank with 4 prompts, two with 2 and four with 1 see the same questions in each step."""
+    assert stream(11, 9, 4, 1) == stream(11, 9, 2, 2) == stream(11, 9, 1, 4)
+
+
+def test_every_seed_and_epoch_has_its_own_order():
+    """5 seeds by 5 epochs give 25 orders, none of them the file's own."""
+    orders = {tuple(step_indices(20, epoch, 20, 0, 1, seed)) for epoch in range(5) for seed in range(5)}
+    assert len(orders | {tuple(range(20))}) == 26
+
+
+def test_step_indices_is_pure():
+    """A step's questions depend on nothing but the arguments, and the global generator is left alone."""
+    np.random.seed(0)
+    before = step_indices(10, 3, 4, 1, 2, 0)
+    state = np.random.get_state()[1].copy()
+    stream(10, 5, 4, 2, seed=1)
+    assert np.array_equal(np.random.get_state()[1], state)
+    np.random.seed(1)
+    assert step_indices(10, 3, 4, 1, 2, 0) == before and [type(index) for index in before] == [int] * 4

@@ -1,0 +1,188 @@
+"""The two commands as a user runs them: the toy through torchrun, the evaluation of its checkpoint, bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
+METRICS = {
+    "step", "loss", "reward", "reward_std", "accuracy", "format", "kl", "clip_fraction", "entropy", "completion_tokens",
+    "equal_reward_groups", "grad_norm", "lr", "seconds", "seconds_data", "seconds_sample", "seconds_reference",
+    "seconds_train", "seconds_update", "peak_memory_gb",
+}  # fmt: skip
+
+
+def command(*args, processes=None):
+    """The command line of a script; with `processes`, through torchrun."""
+    launcher = [] if processes is None else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    return [sys.executable, *launcher, str(ROOT / args[0]), *map(str, args[1:])]
+
+
+def run(*args, cwd, processes=None):
+    """Run a script to its good end in the folder `cwd`. Returns what it printed."""
+    done = subprocess.run(command(*args, processes=processes), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def scores(printed):
+    """Accuracy of guessing, before and after, and format after, from the table at the end of a training run."""
+    numbers = {name: [float(x) for x in re.findall(r"\d\.\d+", line)] for line in printed.splitlines()
+               for name in ("guessing", "before GRPO", "after GRPO") if line.strip().startswith(name)}  # fmt: skip
+    return numbers["guessing"][0], numbers["before GRPO"][0], *numbers["after GRPO"]
+
+
+def total(printed):
+    """Accuracy over all questions from the evaluation's table."""
+    return float(re.search(r"^all +([\d.]+)%", printed, re.MULTILINE).group(1)) / 100
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """(folder, what was printed) of four steps of the toy on two processes."""
+    folder = tmp_path_factory.mktemp("short")
+    flags = ("--steps", 4, "--save_every", 2, "--log_completions_every", 2, "--prompts_per_rank", 4)
+    return folder, run("grpo_aqa.py", *flags, "--accumulation_steps", 2, "--seed", 1, cwd=folder, processes=2)
+
+
+def test_run_folder(short_run):
+    folder = short_run[0] / "runs" / "toy"
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert all(METRICS <= set(m) and None not in m.values() for m in metrics)
+    assert all(m["reward"] == pytest.approx(m["accuracy"] + m["format"]) for m in metrics)
+    assert [m["lr"] for m in metrics] == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 0.75e-4])
+    completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert [c["step"] for c in completions] == 4 * [2] + 4 * [4]
+    assert all(len(c["completions"]) == len(c["rewards"]) == len(c["advantages"]) == 8 for c in completions)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["world_size"] == 2 and config["beta"] == 0.04 and config["steps"] == 4
+    assert (folder / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_000002", "step_000004"]
+
+
+def test_checkpoint_is_a_plain_hugging_face_folder(short_run):
+    """Loaded by transformers alone, it answers as the evaluation says it does."""
+    folder = short_run[0] / "runs" / "toy"
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "step_000004")
+    processor = AutoProcessor.from_pretrained(folder / "step_000004")
+    base = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "base")
+    changed = [not a.equal(b) for a, b in zip(model.parameters(), base.parameters())]
+    assert sum(changed) == len(changed) - 1  # all but the audio tower's fixed positions
+    assert processor.tokenizer.decode(processor.tokenizer("über 漢字 <answer>")["input_ids"]) == "über 漢字 <answer>"
+
+
+def test_evaluation_finds_the_heldout_questions(short_run):
+    folder, printed = short_run
+    checkpoint = folder / "runs" / "toy" / "step_000004"
+    evaluated = run("eval_mmau.py", "--ckpt", checkpoint, cwd=folder)
+    assert total(evaluated) == pytest.approx(scores(printed)[2], abs=0.002)
+    for expected in ("task          music", "difficulty    hard", "sub_category  Vowel", "guessing would score 28.33%"):
+        assert expected in evaluated
+    heldout = json.loads((folder / "runs" / "toy" / "world" / "heldout.json").read_text())
+    answered = json.loads((checkpoint / "mmau_predictions.json").read_text())
+    assert len(answered) == len(heldout) >= 500
+    for record, given in zip(answered, heldout):
+        assert {key: record[key] for key in given} == given
+        assert record["model_output"] == record["model_prediction"] and record["model_prediction"] in record["completion"]
+
+
+def test_second_run_finds_the_toy_and_loses_nothing(short_run):
+    folder = short_run[0] / "runs" / "toy"
+    made = {path: path.stat().st_mtime_ns for name in ("world", "base") for path in (folder / name).rglob("*")}
+    metrics = (folder / "metrics.jsonl").read_text()
+    printed = run("grpo_aqa.py", "--steps", 1, "--prompts_per_rank", 2, "--beta", 0, "--updates_per_rollout", 2,
+                  cwd=short_run[0])  # fmt: skip
+    assert {path: path.stat().st_mtime_ns for name in ("world", "base") for path in (folder / name).rglob("*")} == made
+    assert (folder / "earlier_1" / "metrics.jsonl").read_text() == metrics and "earlier_1" in printed
+    assert json.loads((folder / "metrics.jsonl").read_text())["kl"] is None
+
+
+# ---- bad input ----
+
+OK = {"audio": "a.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+
+
+@pytest.fixture(scope="module")
+def bad_inputs(tmp_path_factory):
+    """Each case run as a command: name -> (what stderr must name, return code, stderr). All run side by side."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "a.wav").write_bytes(b"no sound")
+    (folder / "malformed.jsonl").write_text(json.dumps(OK) + "\n{'audio'\n")
+    (folder / "answer.jsonl").write_text(json.dumps(OK | {"answer": "z"}))
+    (folder / "audio.jsonl").write_text(json.dumps(OK | {"audio": "b.wav"}))
+    (folder / "good.jsonl").write_text(json.dumps(OK))
+    for name, config in (("qwen2", '{"model_type": "qwen2"}'), ("bad_json", "{"), ("weightless", None)):
+        (folder / name).mkdir()
+        if config:
+            (folder / name / "config.json").write_text(config)
+    grpo, good = ("grpo_aqa.py", "--model", "qwen2"), ("--data", "good.jsonl")
+    cases = {
+        "no question file": (["grpo_aqa.py", "--model", "tiny", "--data", "none.jsonl"], ["none.jsonl"]),
+        "question file is a folder": (["toy.py", "--questions", "qwen2", "--out", "x"], ["qwen2"]),
+        "malformed line": (["toy.py", "--questions", "malformed.jsonl", "--out", "x"], ["malformed.jsonl, line 2"]),
+        "answer is no choice": (["toy.py", "--questions", "answer.jsonl", "--out", "x"], ["answer.jsonl, line 1", "'z'"]),
+        "no audio": (["toy.py", "--questions", "audio.jsonl", "--out", "x"], ["audio.jsonl, line 1", "b.wav"]),
+        "broken audio": (["toy.py", "--questions", "good.jsonl", "--out", "x"], ["a.wav"]),
+        "template": ([*grpo, *good, "--template", "poem"], ["--template", "poem"]),
+        "group of one": ([*grpo, *good, "--group_size", "1"], ["--group_size"]),
+        "no data": ([*grpo], ["--data"]),
+        "another model": ([*grpo, *good], ["qwen2", "Qwen2-Audio"]),
+        "no model": (["grpo_aqa.py", "--model", "weightless", *good], ["weightless", "config.json"]),
+        "unknown name": (["eval_mmau.py", "--ckpt", "no/model", *good, "--out", "x"], ["no/model"]),
+        "evaluation: broken config": (["eval_mmau.py", "--ckpt", "bad_json", *good], ["bad_json"]),
+        "evaluation: no file": (["eval_mmau.py", "--ckpt", "qwen2"], ["data/MMAU/mmau-test-mini.json"]),
+    }
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    running = {
+        name: (named, subprocess.Popen(command(*args), cwd=folder, env=environment, text=True, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.PIPE))
+        for name, (args, named) in cases.items()
+    }  # fmt: skip
+    results = {name: (named, process.communicate()[1], process.returncode) for name, (named, process) in running.items()}
+    assert not (folder / "x").exists() and not (folder / "runs").exists()  # nothing half-written
+    return results
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no question file", "question file is a folder", "malformed line", "answer is no choice", "no audio",
+     "broken audio", "template", "group of one", "no data", "another model", "no model", "unknown name",
+     "evaluation: broken config", "evaluation: no file"],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(bad_inputs, name):
+    named, stderr, code = bad_inputs[name]
+    message = stderr.strip().splitlines()[-1]
+    assert code != 0 and "Traceback" not in stderr
+    assert "error:" in message and [text for text in named if text not in message] == []
+
+
+# ---- the promises of the README, minutes long ----
+
+
+@pytest.mark.slow
+def test_the_toy_learns_and_it_learns_by_listening(tmp_path):
+    guessing, before, after, format_after = scores(run("grpo_aqa.py", cwd=tmp_path, processes=2))
+    assert before <= 0.60 and after >= 0.90 and format_after >= 0.99
+    silent = total(run("eval_mmau.py", "--ckpt", "runs/toy/step_000400", "--silence", cwd=tmp_path))
+    assert abs(silent - guessing) <= 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_SOUNDS.is_dir(), reason="no real recordings next to this checkout")
+def test_real_recordings_are_learned(tmp_path):
+    questions = REAL_SOUNDS / "train_r1aqa.jsonl"
+    run("toy.py", "--questions", questions, "--out", "tiny", cwd=tmp_path)
+    run("grpo_aqa.py", "--model", "tiny", "--data", questions, "--out", "run", *REAL_FLAGS, cwd=tmp_path, processes=2)
+    accuracy = [json.loads(line)["accuracy"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(accuracy[-20:]) / 20 >= sum(accuracy[:20]) / 20 + 0.30
+    checkpoint = sorted((tmp_path / "run").glob("step_*"))[-1]
+    evaluated = run("eval_mmau.py", "--ckpt", checkpoint, "--data", REAL_SOUNDS / "test_mmau.json", cwd=tmp_path)
+    assert "/44" in evaluated and "sub_category" in evaluated
