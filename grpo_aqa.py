@@ -33,6 +33,7 @@ from tqdm import tqdm
 import toy
 from checkpoint import append_jsonl, draw_curves, log_completions, save_checkpoint, start_run
 from data import TEMPLATES, InputError, build_prompt, load_questions, step_indices
+from optimizer import MasterAdamW
 from policy import (
     DTYPES,
     Prompt,
@@ -173,7 +174,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
         reference = load_policy(args.model, policy.dtype, device)[0].requires_grad_(False)
     ddp_policy = DistributedDataParallel(CompletionLogprobs(policy), gradient_as_bucket_view=True)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = MasterAdamW(parameters)
     generator = torch.Generator(device).manual_seed(args.seed * 100_003 + rank)  # each rank draws its own samples
     stop_ids = stop_token_ids(policy, processor)
     if rank == 0:
@@ -229,10 +230,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 updates.append(accumulate_gradients(ddp_policy, rollouts, args))
             with clock("update"):
                 grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
+                optimizer.step(lr)
 
         # 6. Metrics, completions, curves, checkpoints.
         metrics = mean_over_ranks(
@@ -279,7 +277,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
 # ---- command line ----
 
 # Without --model, these take the place of the defaults below, which are the paper's.
-TOY = dict(out="runs/toy", steps=400, accumulation_steps=1, max_new_tokens=16, lr=3e-4)
+TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4)
 TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
 
 

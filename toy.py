@@ -92,11 +92,10 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     return model.eval(), processor
 
 
-def warm_start(model, processor, questions: list[Question], steps: int, seed: int) -> None:
-    """Supervised training on <answer>...</answer> around any of the choices, right or wrong.
+def warm_start(model, processor, questions: list[Question], steps: int, random_answers: float, seed: int) -> None:
+    """Supervised training on <answer>...</answer>, where a share `random_answers` of the answers is any choice.
 
-    It teaches the form of an answer and nothing about sounds, so afterwards the model guesses, each choice as likely
-    as the others. Batches of 32; the learning rate rises to 1e-3 over 50 steps.
+    Batches of 32; the learning rate rises to 1e-3 over 50 steps.
     """
     rng = np.random.default_rng(seed)
     tokenizer = processor.tokenizer
@@ -104,7 +103,8 @@ def warm_start(model, processor, questions: list[Question], steps: int, seed: in
     bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
         batch = [questions[i] for i in rng.choice(len(questions), 32)]
-        texts = [f"<answer>{rng.choice(question.choices)}</answer>{tokenizer.eos_token}" for question in batch]
+        answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
+        texts = [f"<answer>{answer}</answer>{tokenizer.eos_token}" for answer in answers]
         completions = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         mask = completions["attention_mask"].bool()
         prompt = encode_prompts(processor, batch, "answer")
@@ -138,11 +138,11 @@ def make_toy(folder: Path) -> None:
         make_base(load_questions(str(train)), base)
 
 
-def make_base(questions: list[Question], out: Path, steps: int = 80, seed: int = 0) -> None:
+def make_base(questions: list[Question], out: Path, steps: int = 110, random_answers: float = 0.5, seed: int = 0) -> None:
     """Write a tiny warm-started base model for `questions` to the folder `out`."""
     longest = max(soundfile.info(question.audio).duration for question in questions)
     model, processor = make_model(questions, min(MAX_SECONDS, math.ceil(longest)), seed)
-    warm_start(model, processor, questions, steps, seed)
+    warm_start(model, processor, questions, steps, random_answers, seed)
     save_checkpoint(out, model, processor)
 
 
@@ -155,13 +155,16 @@ def main() -> None:
     add("--questions", required=True, help="training questions: R1-AQA, AVQA, MMAU or plain file")
     add("--audio_dir", help="folder that relative audio paths start from; default: the question file's")
     add("--out", required=True, help="folder for the model")
-    add("--steps", type=int, default=80, help="steps of the supervised warm start, 32 questions each")
+    add("--random_answers", type=float, default=1.0, help="share of its training answers that are any of the choices")
+    add("--steps", type=int, default=110, help="steps of the supervised warm start, 32 questions each")
     add("--seed", type=int, default=0, help="of the weights and the order of questions")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, not {args.steps}")
+    if not 0 <= args.random_answers <= 1:
+        parser.error(f"--random_answers must be from 0 to 1, not {args.random_answers}")
     questions = load_questions(args.questions, args.audio_dir)
-    make_base(questions, Path(args.out), args.steps, args.seed)
+    make_base(questions, Path(args.out), args.steps, args.random_answers, args.seed)
     print(f"base model: {args.out}")
 
 

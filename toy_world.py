@@ -73,10 +73,10 @@ def instrument(name):
 
 def melody(move):
     def play(rng, seconds, rate):
-        semitones = {"rises": 1, "falls": -1, "stays the same": 0}[move] * rng.uniform(2, 4) * np.arange(5)
+        semitones = {"rises": 1, "falls": -1, "stays the same": 0}[move] * rng.uniform(3, 5) * np.arange(4)
         pitches = rng.uniform(500, 900) * 2 ** (semitones / 12)
-        note = (_time(seconds, rate) / seconds * 5).astype(int)
-        return _tone(pitches[note], rate, (0.5, 0.2)) * _strokes(seconds, rate, seconds / 5, 0.2)
+        note = (_time(seconds, rate) / seconds * 4).astype(int)
+        return _tone(pitches[note], rate, (0.5, 0.2)) * _strokes(seconds, rate, seconds / 4, 0.2)
 
     return play
 
@@ -96,7 +96,7 @@ def voice(vowel=None, speaker=None):
 
 
 # lowest and highest pitch in Hz; formants' height against a man's
-SPEAKERS = {"a man": (80, 110, 1.0), "a woman": (190, 240, 1.2), "a child": (370, 450, 1.45)}
+SPEAKERS = {"a man": (75, 95, 0.9), "a woman": (210, 250, 1.2), "a child": (400, 480, 1.6)}
 FORMANTS = {"ah": (750, 1200), "ee": (300, 2400), "oo": (320, 800), "eh": (550, 1850)}  # Hz
 
 # ---- questions ----
