@@ -1,7 +1,6 @@
 """The run folder: settings, metrics, completions, curves, and checkpoints as plain Hugging Face folders."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -51,13 +50,12 @@ def log_completions(path: Path, step: int, questions, prompts, texts, rewards, a
 
 
 def save_checkpoint(folder: Path, model, processor) -> None:
-    """Write model and processor as a Hugging Face folder that is either complete or not there at all."""
+    """Write model and processor as a new Hugging Face folder, which is either complete or not there at all."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    unfinished.rename(folder)
 
 
 def draw_curves(out: Path) -> None:

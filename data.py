@@ -13,6 +13,8 @@ A file is either one JSON list or one JSON object a line.
 import json
 import os
 import re
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000  # Hz; what Qwen2-Audio's mel spectrogram is made for
+AUDIO_TOKEN = "<|AUDIO|>"  # where the chat markup puts the clip
 MIN_SAMPLES = 400  # one 25 ms window of that spectrogram; less holds no audio token
 
 # The exact texts that the paper's released checkpoints were trained with. {choices} is a Python list's own repr.
@@ -111,8 +114,16 @@ def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
             "give their folder with --audio_dir or take these questions out"
         )
     if odd:
-        print(f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)")
+        note = f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)"
+        print(note, file=sys.stderr)
     return questions
+
+
+def check_answers(questions: list[Question], path: str) -> None:
+    """Raise InputError if the answer of a question from the file `path` is withheld."""
+    withheld = [question.id for question in questions if question.answer is None]
+    if withheld:
+        raise InputError(f"{path}: question {withheld[0]} has no answer ({len(withheld)} such); give or remove them")
 
 
 def _parse(record: dict, place: str, folder: str) -> Question:
@@ -143,16 +154,22 @@ def _parse(record: dict, place: str, folder: str) -> Question:
             f"{place}: not a question; expected the fields of MMAU (audio_id), R1-AQA (audio_path, multi_choice), "
             f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {sorted(record)}"
         )
+    if AUDIO_TOKEN in question or any(AUDIO_TOKEN in choice for choice in choices):
+        raise InputError(f"{place}: holds {AUDIO_TOKEN}, which would stand for a second clip; take it out")
     return Question(
         id=str(record.get("id", place)),
         audio=os.path.normpath(audio),
         question=question,
         choices=choices,
         answer=answer or None,  # MMAU leaves out, or empty, the answers that it withholds
-        task=record.get("task"),
-        difficulty=record.get("difficulty"),
-        sub_category=record.get("sub-category", record.get("sub_category")),
+        task=_label(record, "task"),
+        difficulty=_label(record, "difficulty"),
+        sub_category=_label(record, "sub-category"),
     )
+
+
+def _label(record: dict, key: str) -> str | None:
+    return None if record.get(key) is None else str(record[key])
 
 
 def _text(record: dict, key: str, place: str) -> str:
@@ -182,16 +199,28 @@ def _find_avqa_audio(video_name: str, folder: str) -> str:
 
 def load_audio(path: str) -> np.ndarray:
     """A clip's first channel as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
-    try:
+    with _one_line_errors(path):
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: a headerless .raw
-        raise InputError(f"{path}: cannot be read as audio ({error}); replace or remove this clip") from None
     audio = soxr.resample(samples[:, 0], rate, SAMPLE_RATE)
     if len(audio) < MIN_SAMPLES:
         raise InputError(f"{path}: {len(audio) / SAMPLE_RATE * 1000:.0f} ms of audio; at least 25 ms are needed")
     if not np.isfinite(audio).all():
         raise InputError(f"{path}: holds NaN or infinite samples; replace or remove this clip")
     return audio
+
+
+def audio_seconds(path: str) -> float:
+    """A clip's length by its header. Raises InputError."""
+    with _one_line_errors(path):
+        return soundfile.info(path).duration
+
+
+@contextmanager
+def _one_line_errors(path: str):
+    try:
+        yield
+    except (OSError, TypeError, soundfile.LibsndfileError) as error:  # TypeError: headerless .raw files
+        raise InputError(f"{path}: cannot be read as audio ({error}); replace or remove this clip") from None
 
 
 # ---- which questions a rank trains on ----

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import TEMPLATES, InputError, Question, load_questions, read_records
 from policy import answer_greedily, load_policy, pick_dtype
-from reward import mmau_match, prediction
+from reward import guessing, mmau_match, prediction
 
 
 def accuracy_table(questions: list[Question], correct: list[bool]) -> str:
@@ -99,8 +99,8 @@ def main() -> None:
     scored = [(q, mmau_match(q.answer, p, q.choices)) for q, p in zip(questions, predictions) if q.answer is not None]
     if scored:
         print(accuracy_table(*map(list, zip(*scored))))
-        guess = sum(1 / len(question.choices) for question, _ in scored) / len(scored)
-        print(f"guessing would score {100 * guess:.2f}%" + ("; the audio was replaced by silence" if args.silence else ""))
+        chance = guessing([question.choices for question, _ in scored])
+        print(f"guessing would score {100 * chance:.2f}%{'; the clips were silence' if args.silence else ''}")
     if len(scored) < len(questions):
         print(f"{len(questions) - len(scored)} questions have no answer in {args.data} and are not scored")
     print(f"predictions: {args.out}")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import toy
 from checkpoint import append_jsonl, draw_curves, log_completions, save_checkpoint, start_run
-from data import TEMPLATES, InputError, build_prompt, load_questions, step_indices
+from data import TEMPLATES, InputError, build_prompt, check_answers, load_questions, step_indices
 from optimizer import MasterAdamW
 from policy import (
     DTYPES,
@@ -172,13 +172,15 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:
         reference = load_policy(args.model, policy.dtype, device)[0].requires_grad_(False)
-    ddp_policy = DistributedDataParallel(CompletionLogprobs(policy), gradient_as_bucket_view=True)
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = MasterAdamW(parameters)
+    ddp_policy = DistributedDataParallel(
+        CompletionLogprobs(policy), broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    optimizer = MasterAdamW([parameter for parameter in policy.parameters() if parameter.requires_grad])
     generator = torch.Generator(device).manual_seed(args.seed * 100_003 + rank)  # each rank draws its own samples
     stop_ids = stop_token_ids(policy, processor)
     if rank == 0:
-        start_run(out, vars(args) | {"world_size": world_size, "questions": len(questions)})
+        heldout_path = args.heldout and os.path.abspath(args.heldout)  # eval_mmau.py finds it from anywhere
+        start_run(out, vars(args) | {"heldout": heldout_path, "world_size": world_size, "questions": len(questions)})
     before = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
 
     bar = tqdm(range(1, args.steps + 1), desc="GRPO", unit="step", disable=rank != 0)
@@ -229,8 +231,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
             with clock("train"):
                 updates.append(accumulate_gradients(ddp_policy, rollouts, args))
             with clock("update"):
-                grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step(lr)
+                grad_norm = optimizer.step(lr, args.max_grad_norm)  # clips the gradient first
 
         # 6. Metrics, completions, curves, checkpoints.
         metrics = mean_over_ranks(
@@ -242,7 +243,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 "format": well_formed.mean().item(),
                 "completion_tokens": mask.sum(dim=1).float().mean().item(),
                 "equal_reward_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
-                "grad_norm": grad_norm.item(),
+                "grad_norm": grad_norm,
                 "seconds": clock.total(),
                 **{f"seconds_{phase}": seconds for phase, seconds in clock.phases.items()},
                 "peak_memory_gb": peak_memory_gb(device),
@@ -257,6 +258,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 "format": f"{metrics['format']:.2f}",
                 "kl": f"{metrics['kl']:.3f}" if reference is not None else "off",
                 "tokens": f"{metrics['completion_tokens']:.1f}",
+                "s/step": f"{metrics['seconds']:.2f}",
             })  # fmt: skip
             if step % args.log_completions_every == 0:
                 prompts = [build_prompt(question, args.template) for question in batch]
@@ -277,20 +279,21 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
 # ---- command line ----
 
 # Without --model, these take the place of the defaults below, which are the paper's.
-TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4)
+TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4, dtype="float32")
 TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model NAME --data FILE] [settings]",
         description="Train Qwen2-Audio on audio questions with GRPO. Without --model: the toy, which needs no GPU. "
-        "Its defaults: " + ", ".join(f"--{name} {value}" for name, value in TOY.items())
-        + f", and --prompts_per_rank {TOY_PROMPTS} / processes.",
-    )  # fmt: skip
+        f"Its defaults: {' '.join(f'--{name} {value}' for name, value in TOY.items())}, "
+        f"and --prompts_per_rank {TOY_PROMPTS} / processes.",
+    )
 
     def add(name, default, help, **kwargs):
-        shown = "" if default is None else " [%(default)s]"
-        parser.add_argument(f"--{name}", default=default, type=str if default is None else type(default), help=help + shown, **kwargs)
+        kind, shown = (str, "") if default is None else (type(default), " [%(default)s]")
+        parser.add_argument(f"--{name}", default=default, type=kind, help=help + shown, **kwargs)
 
     add("model", None, "Hugging Face name or folder of a Qwen2-Audio model")
     add("data", None, "training questions: an R1-AQA, AVQA, MMAU or plain file")
@@ -339,27 +342,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_inputs(args: argparse.Namespace) -> None:
+    """Raise InputError for inputs that cannot be trained on, before any weights are loaded."""
+    check_answers(load_questions(args.data, args.audio_dir), args.data)
+    if args.heldout:
+        check_answers(load_questions(args.heldout), args.heldout)
+    check_model(args.model)
+
+
 def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
-    error = [None]
-    if rank == 0:  # checks the inputs, or makes the toy's, once, while the others wait
-        try:
-            if args.model is None:
-                toy.make_toy(Path("runs/toy"))
-            else:
-                check_model(args.model)
-                load_questions(args.data, args.audio_dir)
-        except InputError as bad_input:
-            print(f"grpo_aqa.py: error: {bad_input}", file=sys.stderr, flush=True)
-            error = [str(bad_input)]
-    dist.broadcast_object_list(error)
-    if error[0] is None:
+    try:
+        found = [True]
+        if rank == 0:  # makes the toy, or checks the user's inputs, once, while the others wait
+            try:
+                toy.make_toy(Path("runs/toy")) if args.model is None else check_inputs(args)
+            except InputError as error:
+                print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
+                found = [False]
+        dist.broadcast_object_list(found)
+        if not found[0]:
+            return 1
         if args.model is None:
             args.model, args.data, args.heldout = map(str, toy.paths(Path("runs/toy")))
         train(args, rank, world_size, device)
+    except InputError as error:  # of this process alone, a clip that cannot be decoded, say
+        print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
+        return 1
     dist.destroy_process_group()
-    return int(error[0] is not None)
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,15 +17,17 @@ class MasterAdamW:
         self.masters = [p.detach().float() if p.dtype == torch.bfloat16 else p for p in parameters]
         self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=0.0)
 
-    def step(self, lr: float) -> None:
-        """Update the weights with their gradients, then drop the gradients."""
+    def step(self, lr: float, max_grad_norm: float) -> float:
+        """Clip the gradients to a global norm, update the weights, drop the gradients. Returns the norm before."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         for parameter, master in zip(self.parameters, self.masters):
             master.grad = parameter.grad if master is parameter else parameter.grad.float()
+        grad_norm = nn.utils.clip_grad_norm_(self.masters, max_grad_norm)
         self.adamw.step()
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters):
                 if master is not parameter:
                     parameter.copy_(master)
                 parameter.grad = master.grad = None
+        return grad_norm.item()

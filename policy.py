@@ -50,6 +50,7 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
         if loaded["missing_keys"]:  # transformers would go on with random weights in their place
             raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
     processor.tokenizer.padding_side = "left"
+    model.model.audio_tower.embed_positions.requires_grad_(False)  # fixed by design; loading forgets it
     return model.to(device).eval(), processor
 
 
@@ -79,8 +80,8 @@ def encode_prompts(processor, questions: list[Question], template: str, silence:
     """
     texts, clips = [], []
     for question in questions:
-        content = [{"type": "audio", "audio_url": question.audio}, {"type": "text", "text": build_prompt(question, template)}]
-        messages = [{"role": "user", "content": content}]
+        text = {"type": "text", "text": build_prompt(question, template)}
+        messages = [{"role": "user", "content": [{"type": "audio", "audio_url": question.audio}, text]}]
         texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         clip = load_audio(question.audio)
         clips.append(np.zeros_like(clip) if silence else clip)

@@ -71,5 +71,10 @@ def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
     return bool(said) and right <= said and not said & wrong_only
 
 
+def guessing(all_choices: list[list[str]]) -> float:
+    """The accuracy that random guessing is expected to reach, from the choices of each question."""
+    return sum(1 / len(choices) for choices in all_choices) / len(all_choices)
+
+
 def _words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))

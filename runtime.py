@@ -2,26 +2,45 @@
 
 import os
 import resource
+import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from transformers.utils.logging import disable_progress_bar
 
 from data import Question
 from policy import answer_greedily
-from reward import format_reward, mmau_match, prediction
+from reward import format_reward, guessing, mmau_match, prediction
 
 
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the processes that torchrun started, or be a single one. Returns rank, number of processes and device."""
+    """Join the processes that torchrun started, or be a single one. Returns rank, number of processes and device.
+
+    Each process takes a GPU of its own; where this machine has fewer than processes, all of them stay on the CPU.
+    """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if gpus >= local_size:
+        device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-    store = None if "RANK" in os.environ else dist.HashStore()  # without torchrun there is nobody to meet
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        if gpus and local_rank == 0:
+            print(f"{local_size} processes share {gpus} GPU(s): training on the CPU", flush=True)
+    dist.init_process_group(
+        backend,
+        store=None if "RANK" in os.environ else dist.HashStore(),  # without torchrun there is nobody to meet
+        rank=rank,
+        world_size=world_size,
+        device_id=device if device.type == "cuda" else None,
+        timeout=timedelta(hours=1),  # what the others may wait for rank 0: a download, a checkpoint of many GB
+    )
+    if rank != 0:
+        disable_progress_bar()  # transformers' bars; one set of them is enough
     return rank, world_size, device
 
 
@@ -52,10 +71,15 @@ def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held so far, in 1e9 bytes: on the GPU or, without one, as resident set."""
+    """The most memory that any process has held so far, in 1e9 bytes: on its GPU or, without one, as resident set."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        held *= 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    most = torch.tensor(held / 1e9, dtype=torch.float64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
 
 
 def score_greedily(
@@ -79,7 +103,7 @@ def score_greedily(
 
 def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:
     """Accuracy and format of named scores of score_greedily, with what guessing would score, as aligned lines."""
-    guessing = sum(1 / len(question.choices) for question in questions) / len(questions)
-    lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {guessing:.3f}"]
+    chance = guessing([question.choices for question in questions])
+    lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
     lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]
     return "\n".join(lines)

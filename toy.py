@@ -1,8 +1,8 @@
 """The embedded default: a tiny real Qwen2-Audio that trains on a CPU, and the small world it listens to.
 
 The model has the classes, the chat markup and the processor of Qwen2-Audio-7B-Instruct at a ten-thousandth of its
-size. A short supervised warm start teaches it the form of an answer, on answers picked at random: it can read a
-question, and guesses. All that it hears it has to learn from GRPO's rewards.
+size. A short supervised warm start, on answers of which a share is picked at random, makes it sure of the form of an
+answer and unsure of the answer: the state in which GRPO takes over a real model.
 
     python toy.py --questions FILE --out DIR     a tiny base model for your own questions, to try them on a laptop
 """
@@ -10,12 +10,12 @@ question, and guesses. All that it hears it has to learn from GRPO's rewards.
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from tqdm import tqdm
@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from checkpoint import save_checkpoint
-from data import TEMPLATES, InputError, Question, build_prompt, load_questions
-from policy import completion_logprobs, encode_prompts, load_policy
+from data import TEMPLATES, InputError, Question, audio_seconds, build_prompt, check_answers, load_questions
+from policy import completion_logprobs, encode_prompts
 from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
@@ -59,7 +59,7 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     tokenizer.padding_side = "left"
     mel_bins = 40
     processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=seconds), tokenizer)
-    initializer_range = 0.08  # about 1 / sqrt(hidden size); the usual 0.02 suits models of thousands, this one it stalls
+    initializer_range = 0.08  # about 1 / sqrt(hidden size); the usual 0.02 suits far wider models and stalls this one
     config = Qwen2AudioConfig(
         audio_config=dict(
             model_type="qwen2_audio_encoder",
@@ -138,9 +138,9 @@ def make_toy(folder: Path) -> None:
         make_base(load_questions(str(train)), base)
 
 
-def make_base(questions: list[Question], out: Path, steps: int = 110, random_answers: float = 0.5, seed: int = 0) -> None:
+def make_base(questions: list[Question], out: Path, steps=110, random_answers=0.5, seed=0) -> None:
     """Write a tiny warm-started base model for `questions` to the folder `out`."""
-    longest = max(soundfile.info(question.audio).duration for question in questions)
+    longest = max(audio_seconds(question.audio) for question in questions)
     model, processor = make_model(questions, min(MAX_SECONDS, math.ceil(longest)), seed)
     warm_start(model, processor, questions, steps, random_answers, seed)
     save_checkpoint(out, model, processor)
@@ -163,7 +163,10 @@ def main() -> None:
         parser.error(f"--steps must be at least 1, not {args.steps}")
     if not 0 <= args.random_answers <= 1:
         parser.error(f"--random_answers must be from 0 to 1, not {args.random_answers}")
+    if os.path.exists(args.out):
+        raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     questions = load_questions(args.questions, args.audio_dir)
+    check_answers(questions, args.questions)
     make_base(questions, Path(args.out), args.steps, args.random_answers, args.seed)
     print(f"base model: {args.out}")
 

@@ -107,7 +107,7 @@ def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
     write_clip(tmp_path / "a.wav")
     lines = [json.dumps(MMAU), changed(MMAU, answer="A dog"), changed(MMAU, answer="a cat")]
     assert [question.answer for question in load(tmp_path, *lines)] == ["a dog", "A dog", "a cat"]
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert out.count("\n") == 1 and f"{tmp_path / 'q.jsonl'}, line 2" in out and "2 such" in out
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import toy
 from grpo_aqa import CompletionLogprobs, Rollout, accumulate_gradients
+from optimizer import MasterAdamW
 from policy import completion_logprobs, encode_prompts
 
 GROUP_SIZE, STEPS = 3, 3
@@ -34,7 +35,7 @@ def train(rank, world_size, parts, questions, folder):
     model.double()
     reference = copy.deepcopy(model)
     ddp_policy = DistributedDataParallel(CompletionLogprobs(model), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = MasterAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     share = len(questions) // (world_size * parts)
     for step in range(STEPS):
         rollouts = []
@@ -48,9 +49,7 @@ def train(rank, world_size, parts, questions, folder):
                 ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, SETTINGS.temperature)
             rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
         accumulate_gradients(ddp_policy, rollouts, SETTINGS)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr=1e-3, max_grad_norm=1.0)
     if rank == 0:
         torch.save(model.state_dict(), f"{folder}/weights.pt")
     dist.destroy_process_group()

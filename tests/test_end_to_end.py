@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import soundfile
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,14 +71,15 @@ def test_run_folder(short_run):
 
 
 def test_checkpoint_is_a_plain_hugging_face_folder(short_run):
-    """Loaded by transformers alone, it answers as the evaluation says it does."""
+    """transformers alone loads it; every weight was trained but the audio tower's fixed positions."""
     folder = short_run[0] / "runs" / "toy"
     model = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "step_000004")
     processor = AutoProcessor.from_pretrained(folder / "step_000004")
     base = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "base")
-    changed = [not a.equal(b) for a, b in zip(model.parameters(), base.parameters())]
-    assert sum(changed) == len(changed) - 1  # all but the audio tower's fixed positions
-    assert processor.tokenizer.decode(processor.tokenizer("über 漢字 <answer>")["input_ids"]) == "über 漢字 <answer>"
+    same = [name for (name, a), b in zip(model.named_parameters(), base.parameters()) if a.equal(b)]
+    assert same == ["model.audio_tower.embed_positions.weight"]
+    text = "über 漢字 <answer>"
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
 
 
 def test_evaluation_finds_the_heldout_questions(short_run):
@@ -84,14 +87,16 @@ def test_evaluation_finds_the_heldout_questions(short_run):
     checkpoint = folder / "runs" / "toy" / "step_000004"
     evaluated = run("eval_mmau.py", "--ckpt", checkpoint, cwd=folder)
     assert total(evaluated) == pytest.approx(scores(printed)[2], abs=0.002)
-    for expected in ("task          music", "difficulty    hard", "sub_category  Vowel", "guessing would score 28.33%"):
-        assert expected in evaluated
     heldout = json.loads((folder / "runs" / "toy" / "world" / "heldout.json").read_text())
+    chance = 100 * sum(1 / len(record["choices"]) for record in heldout) / len(heldout)
+    rows = ("task          music", "difficulty    hard", "sub_category  Vowel", f"guessing would score {chance:.2f}%")
+    assert [row for row in rows if row not in evaluated] == []
     answered = json.loads((checkpoint / "mmau_predictions.json").read_text())
     assert len(answered) == len(heldout) >= 500
     for record, given in zip(answered, heldout):
         assert {key: record[key] for key in given} == given
-        assert record["model_output"] == record["model_prediction"] and record["model_prediction"] in record["completion"]
+        assert record["model_output"] == record["model_prediction"]
+        assert record["model_prediction"] in record["completion"]
 
 
 def test_second_run_finds_the_toy_and_loses_nothing(short_run):
@@ -107,61 +112,67 @@ def test_second_run_finds_the_toy_and_loses_nothing(short_run):
 
 # ---- bad input ----
 
-OK = {"audio": "a.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+GRPO, TOY, EVALUATION = ("grpo_aqa.py", "--model"), ("toy.py", "--out", "x", "--questions"), ("eval_mmau.py", "--ckpt")
+DATA = ("--data", "good.jsonl")
+# case: command, what its one line on stderr names
+BAD = {
+    "no question file": ((*GRPO, "qwen2", "--data", "none.jsonl"), ["none.jsonl"]),
+    "question file is a folder": ((*TOY, "qwen2"), ["qwen2"]),
+    "malformed line": ((*TOY, "malformed.jsonl"), ["malformed.jsonl, line 2"]),
+    "answer is no choice": ((*TOY, "answer.jsonl"), ["answer.jsonl, line 1", "'z'"]),
+    "answer withheld": ((*GRPO, "qwen2", "--data", "withheld.jsonl"), ["withheld.jsonl", "no answer"]),
+    "second clip in the question": ((*TOY, "token.jsonl"), ["token.jsonl, line 1", "<|AUDIO|>"]),
+    "no audio": ((*TOY, "audio.jsonl"), ["audio.jsonl, line 1", "b.wav"]),
+    "broken audio": ((*TOY, "broken.jsonl"), ["broken.wav"]),
+    "output exists": (("toy.py", "--questions", "good.jsonl", "--out", "qwen2"), ["qwen2", "--out"]),
+    "template": ((*GRPO, "qwen2", *DATA, "--template", "poem"), ["--template", "poem"]),
+    "group of one": ((*GRPO, "qwen2", *DATA, "--group_size", "1"), ["--group_size", "1"]),
+    "no data": ((*GRPO, "qwen2"), ["--data"]),
+    "another model": ((*GRPO, "qwen2", *DATA), ["qwen2", "Qwen2-Audio"]),
+    "empty model folder": ((*GRPO, "empty", *DATA), ["empty", "config.json"]),
+    "model without weights": ((*GRPO, "weightless", *DATA), ["weightless"]),
+    "no heldout file": ((*GRPO, "qwen2", *DATA, "--heldout", "none.json"), ["none.json"]),
+    "unknown name": ((*EVALUATION, "no/model", *DATA, "--out", "y"), ["no/model"]),
+    "broken config": ((*EVALUATION, "bad_json", *DATA), ["bad_json"]),
+    "no MMAU": ((*EVALUATION, "qwen2"), ["data/MMAU/mmau-test-mini.json"]),
+}
 
 
 @pytest.fixture(scope="module")
-def bad_inputs(tmp_path_factory):
-    """Each case run as a command: name -> (what stderr must name, return code, stderr). All run side by side."""
+def bad_inputs(tmp_path_factory, tiny):
+    """Each case run as a command, a few side by side: name -> completed process."""
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "a.wav").write_bytes(b"no sound")
-    (folder / "malformed.jsonl").write_text(json.dumps(OK) + "\n{'audio'\n")
-    (folder / "answer.jsonl").write_text(json.dumps(OK | {"answer": "z"}))
-    (folder / "audio.jsonl").write_text(json.dumps(OK | {"audio": "b.wav"}))
-    (folder / "good.jsonl").write_text(json.dumps(OK))
-    for name, config in (("qwen2", '{"model_type": "qwen2"}'), ("bad_json", "{"), ("weightless", None)):
+    good = {"audio": "good.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+    soundfile.write(folder / "good.wav", [0.0] * 16_000, 16_000)
+    (folder / "broken.wav").write_bytes(b"no sound")
+    changes = {"good": {}, "answer": {"answer": "z"}, "withheld": {"answer": None}, "audio": {"audio": "b.wav"},
+               "broken": {"audio": "broken.wav"}, "token": {"question": "What is <|AUDIO|>?"}}  # fmt: skip
+    for name, change in changes.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(good | change))
+    (folder / "malformed.jsonl").write_text(json.dumps(good) + "\n{'audio'\n")
+    for name, config in (("qwen2", '{"model_type": "qwen2"}'), ("bad_json", "{"), ("empty", None)):
         (folder / name).mkdir()
         if config:
             (folder / name / "config.json").write_text(config)
-    grpo, good = ("grpo_aqa.py", "--model", "qwen2"), ("--data", "good.jsonl")
-    cases = {
-        "no question file": (["grpo_aqa.py", "--model", "tiny", "--data", "none.jsonl"], ["none.jsonl"]),
-        "question file is a folder": (["toy.py", "--questions", "qwen2", "--out", "x"], ["qwen2"]),
-        "malformed line": (["toy.py", "--questions", "malformed.jsonl", "--out", "x"], ["malformed.jsonl, line 2"]),
-        "answer is no choice": (["toy.py", "--questions", "answer.jsonl", "--out", "x"], ["answer.jsonl, line 1", "'z'"]),
-        "no audio": (["toy.py", "--questions", "audio.jsonl", "--out", "x"], ["audio.jsonl, line 1", "b.wav"]),
-        "broken audio": (["toy.py", "--questions", "good.jsonl", "--out", "x"], ["a.wav"]),
-        "template": ([*grpo, *good, "--template", "poem"], ["--template", "poem"]),
-        "group of one": ([*grpo, *good, "--group_size", "1"], ["--group_size"]),
-        "no data": ([*grpo], ["--data"]),
-        "another model": ([*grpo, *good], ["qwen2", "Qwen2-Audio"]),
-        "no model": (["grpo_aqa.py", "--model", "weightless", *good], ["weightless", "config.json"]),
-        "unknown name": (["eval_mmau.py", "--ckpt", "no/model", *good, "--out", "x"], ["no/model"]),
-        "evaluation: broken config": (["eval_mmau.py", "--ckpt", "bad_json", *good], ["bad_json"]),
-        "evaluation: no file": (["eval_mmau.py", "--ckpt", "qwen2"], ["data/MMAU/mmau-test-mini.json"]),
-    }
+    tiny[0].config.save_pretrained(folder / "weightless")
+    tiny[1].save_pretrained(folder / "weightless")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    running = {
-        name: (named, subprocess.Popen(command(*args), cwd=folder, env=environment, text=True, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.PIPE))
-        for name, (args, named) in cases.items()
-    }  # fmt: skip
-    results = {name: (named, process.communicate()[1], process.returncode) for name, (named, process) in running.items()}
-    assert not (folder / "x").exists() and not (folder / "runs").exists()  # nothing half-written
+
+    def fail(args):
+        return subprocess.run(command(*args), cwd=folder, env=environment, text=True, capture_output=True)
+
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        results = dict(zip(BAD, pool.map(fail, [args for args, _ in BAD.values()])))
+    assert not any((folder / name).exists() for name in ("x", "y", "runs"))  # nothing half-written
     return results
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["no question file", "question file is a folder", "malformed line", "answer is no choice", "no audio",
-     "broken audio", "template", "group of one", "no data", "another model", "no model", "unknown name",
-     "evaluation: broken config", "evaluation: no file"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_line(bad_inputs, name):
-    named, stderr, code = bad_inputs[name]
-    message = stderr.strip().splitlines()[-1]
-    assert code != 0 and "Traceback" not in stderr
-    assert "error:" in message and [text for text in named if text not in message] == []
+    lines = [line for line in bad_inputs[name].stderr.splitlines() if not line.startswith("usage: ")]
+    assert bad_inputs[name].returncode != 0
+    assert len(lines) == 1 and "error: " in lines[0], lines
+    assert [text for text in BAD[name][1] if text not in lines[0]] == []
 
 
 # ---- the promises of the README, minutes long ----

@@ -1,9 +1,6 @@
-"""group_advantages and grpo_loss against loop-by-loop transcriptions, and one process against two."""
+"""group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """MasterAdamW: AdamW itself in float32, and its shadow in bfloat16 where plain AdamW stands still."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,9 +36,21 @@ def with_masters(dtype):
     optimizer = MasterAdamW([parameter])
     for gradient in gradients():
         parameter.grad = gradient.to(dtype)
-        optimizer.step(LR)
+        optimizer.step(LR, max_grad_norm=1e9)
         assert parameter.grad is None
     return parameter.detach(), optimizer.masters[0].detach()
+
+
+def test_gradients_are_clipped_to_a_global_norm_in_float32():
+    """AdamW's first step has the size of the learning rate whatever the gradient's; its memory shows the clipping."""
+    parameters = [start(torch.bfloat16), start(torch.bfloat16)]
+    optimizer = MasterAdamW(parameters)
+    for parameter, gradient in zip(parameters, gradients()):
+        parameter.grad = gradient.bfloat16()
+    exact = torch.cat([parameter.grad.float() for parameter in parameters]).norm().item()
+    assert optimizer.step(LR, max_grad_norm=1.0) == pytest.approx(exact, rel=1e-6)
+    kept = torch.cat([optimizer.adamw.state[master]["exp_avg"] for master in optimizer.masters]) / 0.1
+    assert kept.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
 def test_float32_is_adamw():
