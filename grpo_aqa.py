@@ -354,15 +354,18 @@ def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
     try:
-        found = [True]
+        good = [True]
         if rank == 0:  # makes the toy, or checks the user's inputs, once, while the others wait
             try:
-                toy.make_toy(Path("runs/toy")) if args.model is None else check_inputs(args)
+                if args.model is None:
+                    toy.make_toy(Path("runs/toy"))
+                else:
+                    check_inputs(args)
             except InputError as error:
                 print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
-                found = [False]
-        dist.broadcast_object_list(found)
-        if not found[0]:
+                good = [False]
+        dist.broadcast_object_list(good)
+        if not good[0]:
             return 1
         if args.model is None:
             args.model, args.data, args.heldout = map(str, toy.paths(Path("runs/toy")))
