@@ -27,7 +27,7 @@ def fixed_completions(step, index, vocabulary):
 
 
 def train(rank, world_size, parts, questions, folder):
-    """Three AdamW steps on four questions, shared by the processes and split into parts; rank 0 saves the weights."""
+    """Three AdamW steps on four questions, shared by the processes and split into parts; rank 0 saves the outcome."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -37,6 +37,7 @@ def train(rank, world_size, parts, questions, folder):
     ddp_policy = DistributedDataParallel(CompletionLogprobs(model), gradient_as_bucket_view=True)
     optimizer = MasterAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     share = len(questions) // (world_size * parts)
+    grad_norms = []  # AdamW forgives a gradient of the wrong size, its norm does not
     for step in range(STEPS):
         rollouts = []
         for part in range(parts):
@@ -49,9 +50,9 @@ def train(rank, world_size, parts, questions, folder):
                 ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, SETTINGS.temperature)
             rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
         accumulate_gradients(ddp_policy, rollouts, SETTINGS)
-        optimizer.step(lr=1e-3, max_grad_norm=1.0)
+        grad_norms.append(optimizer.step(lr=1e-3, max_grad_norm=1.0))
     if rank == 0:
-        torch.save(model.state_dict(), f"{folder}/weights.pt")
+        torch.save((model.state_dict(), grad_norms), f"{folder}/trained.pt")
     dist.destroy_process_group()
 
 
@@ -62,14 +63,15 @@ def one_process(questions, tmp_path_factory):
 
 def run(world_size, parts, questions, folder):
     mp.spawn(train, (world_size, parts, questions, str(folder)), nprocs=world_size)
-    return torch.load(folder / "weights.pt")
+    return torch.load(folder / "trained.pt")
 
 
 @pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2)])
 def test_processes_and_parts_do_not_change_the_result(questions, one_process, tmp_path, world_size, parts):
-    weights = run(world_size, parts, questions, tmp_path)
+    (weights, grad_norms), (expected, expected_norms) = run(world_size, parts, questions, tmp_path), one_process
+    assert grad_norms == pytest.approx(expected_norms, rel=1e-6)
     start, _ = toy.make_model(questions, seconds=2, seed=0)
     for name, initial in start.state_dict().items():
-        torch.testing.assert_close(weights[name], one_process[name], rtol=0, atol=1e-6, msg=name)  # a step moves 1e-3
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6, msg=name)  # a step moves 1e-3
         if not name.endswith("embed_positions.weight"):  # the audio tower's fixed sinusoids
             assert (weights[name] - initial).abs().max() > 1e-4, f"{name} was not trained"
