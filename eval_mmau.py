@@ -96,10 +96,11 @@ def main() -> None:
     unfinished.write_text(json.dumps(records, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(args.out)
 
-    scored = [(q, mmau_match(q.answer, p, q.choices)) for q, p in zip(questions, predictions) if q.answer is not None]
+    answered = [(q, predicted) for q, predicted in zip(questions, predictions) if q.answer is not None]
+    scored = [question for question, _ in answered]
     if scored:
-        print(accuracy_table(*map(list, zip(*scored))))
-        chance = guessing([question.choices for question, _ in scored])
+        print(accuracy_table(scored, [mmau_match(q.answer, predicted, q.choices) for q, predicted in answered]))
+        chance = guessing([question.choices for question in scored])
         print(f"guessing would score {100 * chance:.2f}%{'; the clips were silence' if args.silence else ''}")
     if len(scored) < len(questions):
         print(f"{len(questions) - len(scored)} questions have no answer in {args.data} and are not scored")
