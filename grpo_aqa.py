@@ -353,28 +353,27 @@ def check_inputs(args: argparse.Namespace) -> None:
 def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
-    try:
-        good = [True]
-        if rank == 0:  # makes the toy, or checks the user's inputs, once, while the others wait
-            try:
-                if args.model is None:
-                    toy.make_toy(Path("runs/toy"))
-                else:
-                    check_inputs(args)
-            except InputError as error:
-                print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
-                good = [False]
-        dist.broadcast_object_list(good)
-        if not good[0]:
-            return 1
+    good = [True]
+    if rank == 0:  # makes the toy, or checks the user's inputs, once, while the others wait
+        try:
+            if args.model is None:
+                toy.make_toy(Path("runs/toy"))
+            else:
+                check_inputs(args)
+        except InputError as error:
+            print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
+            good = [False]
+    dist.broadcast_object_list(good)
+    if good[0]:
         if args.model is None:
             args.model, args.data, args.heldout = map(str, toy.paths(Path("runs/toy")))
-        train(args, rank, world_size, device)
-    except InputError as error:  # of this process alone, a clip that cannot be decoded, say
-        print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
-        return 1
+        try:
+            train(args, rank, world_size, device)
+        except InputError as error:  # of this process alone, such as a clip that cannot be decoded
+            print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # at once: the others may wait for this one in a collective, and torchrun ends them
     dist.destroy_process_group()
-    return 0
+    return 0 if good[0] else 1
 
 
 if __name__ == "__main__":
