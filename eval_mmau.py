@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, InputError, Question, load_questions, read_records
-from policy import answer_greedily, load_policy, pick_dtype
+from policy import DTYPES, answer_greedily, load_policy, pick_dtype
 from reward import guessing, mmau_match, prediction
 
 
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=256, help="longest completion, in tokens")
     add("--limit", type=int, help="score only the first this many questions")
     add("--silence", action="store_true", help="replace each clip by silence of its length")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on a GPU")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16 on a GPU")
     args = parser.parse_args(argv)
     for name in ("batch_size", "max_new_tokens", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

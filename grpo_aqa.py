@@ -8,7 +8,8 @@ Group Relative Policy Optimization (arXiv 2402.03300) as arXiv 2503.11197 applie
     advantage within the group             here           [B, G]
     log-probs of reference and policy      policy.py      [B * G, T]
     clipped loss with a KL penalty         here           scalar
-    backward, average over ranks, AdamW    here
+    backward, average over ranks           here
+    AdamW                                  optimizer.py
 
     python grpo_aqa.py                                  the toy: trains a tiny model on synthesized sounds, on a CPU
     torchrun --nproc_per_node 8 grpo_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data train_qa.jsonl
@@ -17,6 +18,7 @@ Shapes: B prompts per rank, G completions each, N = B * G, T completion tokens.
 """
 
 import argparse
+import copy
 import os
 import sys
 from collections import defaultdict
@@ -171,7 +173,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
     policy, processor = load_policy(args.model, pick_dtype(args.dtype, device), device)
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:
-        reference = load_policy(args.model, policy.dtype, device)[0].requires_grad_(False)
+        reference = copy.deepcopy(policy).requires_grad_(False)
     ddp_policy = DistributedDataParallel(
         CompletionLogprobs(policy), broadcast_buffers=False, gradient_as_bucket_view=True
     )

@@ -12,10 +12,10 @@ class MasterAdamW:
     already are their own master.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], betas: tuple[float, float] = (0.9, 0.999)):
+    def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
         self.masters = [p.detach().float() if p.dtype == torch.bfloat16 else p for p in parameters]
-        self.adamw = torch.optim.AdamW(self.masters, betas=betas, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.masters, betas=(0.9, 0.999), weight_decay=0.0)
 
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Clip the gradients to a global norm, update the weights, drop the gradients. Returns the norm before."""

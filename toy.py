@@ -29,11 +29,20 @@ from transformers import (
 )
 
 from checkpoint import save_checkpoint
-from data import TEMPLATES, InputError, Question, audio_seconds, build_prompt, check_answers, load_questions
+from data import (
+    AUDIO_TOKEN,
+    TEMPLATES,
+    InputError,
+    Question,
+    audio_seconds,
+    build_prompt,
+    check_answers,
+    load_questions,
+)
 from policy import completion_logprobs, encode_prompts
 from toy_world import write_world
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
 MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
 
 
@@ -82,7 +91,7 @@ def make_model(questions: list[Question], seconds: int, seed: int):
             max_position_embeddings=2048,
             initializer_range=initializer_range,
         ),
-        audio_token_index=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         initializer_range=initializer_range,
     )
     set_seed(seed)
