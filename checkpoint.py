@@ -1,35 +1,115 @@
-"""The run folder: settings, metrics, completions, curves, and checkpoints as plain Hugging Face folders."""
+"""The run folder: settings, metrics, completions, curves, Hugging Face checkpoints, and the state to resume from.
+
+Files and folders are written under a name that ends in ".unfinished" and renamed when complete. What a killed process
+leaves under such a name is ignored, and removed when the run continues.
+"""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png")  # and step_000100/, ...
+from data import InputError
+from runtime import on_rank_0, wait_for_all_ranks
+
+RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume")  # and step_000100/, ...
+UNFINISHED = ".unfinished"
+# Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding.
+FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
+FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "launchers"}
+
+# ---- starting and continuing a run ----
 
 
-def start_run(out: Path, config: dict) -> None:
+def find_state(out: Path, config: dict, resume: bool, restarted: bool) -> Path | None:
+    """The folder of the newest complete state to go on from; None if there is none or a run is to start anew. No change.
+
+    `resume` is the user's wish, `restarted` says that torchrun has started the processes again after one had died:
+    then the run in `out` is continued if it is the one that died. Raises InputError for settings that contradict it.
+    """
+    states = step_folders(out / "resume")
+    if not (states and (out / "config.json").exists()):
+        if resume:
+            print(f"{out}: no complete state to resume from; starting at step 1", flush=True)
+        return None
+    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if not resume and not (restarted and set(config["launchers"]) & set(saved["launchers"])):
+        return None
+    # With another number of processes, their share of a step may be another too.
+    free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved["world_size"] else set())
+    contradicting = [
+        f"{name} {value} (now {config.get(name)})"
+        for name, value in saved.items()
+        if name not in free and value != config.get(name)
+    ]
+    if contradicting:
+        raise InputError(
+            f"{out}: cannot be resumed with other settings than its own, {', '.join(contradicting)}; "
+            "give the same, or name a new run with --out"
+        )
+    return states[-1]
+
+
+def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
+    """Continue the run in `out` from find_state's `state`, or start one. Raises InputError if no save fits the disk."""
+    require_disk_space(out, policy)
+    if state:
+        _continue_run(out, config, state)
+    else:
+        _start_run(out, config)
+
+
+def _start_run(out: Path, config: dict) -> None:
     """Make the run folder and write config.json. What an earlier run left there is moved to out/earlier_1, _2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    left = [path for path in out.iterdir() if path.name in RUN_FILES or re.fullmatch(r"step_\d+", path.name)]
-    if left:
+    _remove_unfinished(out)
+    left = [out / name for name in RUN_FILES if (out / name).exists()] + step_folders(out)
+    if left and left != [out / "config.json"]:
         number = 1
         while (out / f"earlier_{number}").exists():
             number += 1
         earlier = out / f"earlier_{number}"
         earlier.mkdir()
-        for path in left:
+        for path in left:  # config.json first: a state without one is not resumed from
             path.rename(earlier / path.name)
         print(f"{out} holds an earlier run; its files are now in {earlier}", flush=True)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _continue_run(out: Path, config: dict, state: Path) -> None:
+    """Bring the run folder back to when `state` was saved."""
+    _remove_unfinished(out)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        cut_jsonl(out / name, _step(state))
+    _write(out / "config.json", json.dumps(config, indent=2) + "\n")
+    print(f"{out}: resuming after step {_step(state)}", flush=True)
+
+
+def _remove_unfinished(out: Path) -> None:
+    for name in (*RUN_FILES, "step_*", "resume/step_*"):
+        for unfinished in out.glob(name + UNFINISHED):
+            remove(unfinished)
+
+
+# ---- a line at a time ----
 
 
 def append_jsonl(path: Path, record: dict) -> None:
     """Add one JSON line to a file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def cut_jsonl(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and the part of a line that a killed process may have left at the end."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        _write(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def log_completions(path: Path, step: int, questions, prompts, texts, rewards, advantages) -> None:
@@ -49,13 +129,148 @@ def log_completions(path: Path, step: int, questions, prompts, texts, rewards, a
         append_jsonl(path, record)
 
 
+# ---- Hugging Face checkpoints ----
+
+
 def save_checkpoint(folder: Path, model, processor) -> None:
-    """Write model and processor as a new Hugging Face folder, which is either complete or not there at all."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    """Write model and processor as a Hugging Face folder, in place of one of that name if there is one."""
+    unfinished = _begin(folder)
+    model.save_pretrained(unfinished, max_shard_size="5GB")
     processor.save_pretrained(unfinished)
+    _finish(folder)
+
+
+# ---- resume state ----
+
+
+def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator) -> None:
+    """Write all that is needed to go on after progress["step"], and remove the state before it. All ranks call this.
+
+    progress: what else the training loop wants back, as JSON holds it. Each rank writes one file: the optimizer state
+    of the parameters that it owns, by name, and its random generator's. Weights are those states' masters, rounded.
+    """
+    folder = out / "resume" / f"step_{progress['step']:06d}"
+    unfinished = on_rank_0(lambda: _begin(folder))
+    unfinished.mkdir(parents=True, exist_ok=True)  # where nodes do not share a disk, so that `finish` gets to say so
+    rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
+    torch.save(rank_state, unfinished / f"rank_{dist.get_rank()}.pt")
+    wait_for_all_ranks()
+
+    def finish():
+        world_size = dist.get_world_size()
+        for rank in range(world_size):
+            if not (unfinished / f"rank_{rank}.pt").exists():
+                raise InputError(f"{out}: the file of rank {rank} is not here; --out must be a disk that all nodes share")
+        _write(unfinished / "progress.json", json.dumps(progress | {"world_size": world_size}, indent=2) + "\n")
+        _finish(folder)
+        for earlier in step_folders(out / "resume")[:-1]:
+            remove(earlier)
+
+    on_rank_0(finish)
+
+
+def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
+    """Restore weights, optimizer and random generator from save_state's folder. Returns progress. All ranks call this."""
+    try:
+        progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        ranks = [
+            torch.load(folder / f"rank_{rank}.pt", map_location="cpu", mmap=True, weights_only=True)
+            for rank in range(progress["world_size"])
+        ]
+        saved = {name: state for rank in ranks for name, state in rank["optimizer"].items()}
+        optimizer.load_state(saved)
+        if dist.get_rank() < len(ranks):  # of more processes than before, the new ones begin their own sequence
+            generator.set_state(ranks[dist.get_rank()]["generator"])
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {error})") from None
+    return progress
+
+
+# ---- saving ----
+
+
+def save_run(out: Path, progress: dict, policy, processor, optimizer, generator, checkpoint: bool, keep_last: int):
+    """Save a run at the end of step progress["step"]: its state and, if asked for, a checkpoint. All ranks call this.
+
+    Of the checkpoints, the newest `keep_last` stay; 0 keeps all. Raises SharedInputError before anything is touched if
+    the disk has too little room.
+    """
+    step = progress["step"]
+
+    def write_checkpoint():
+        size = require_disk_space(out, policy, checkpoint)
+        tqdm.write(f"step {step}: saving {'checkpoint and ' if checkpoint else ''}resume state, {size / 1e9:.2f} GB")
+        if checkpoint:
+            save_checkpoint(out / f"step_{step:06d}", policy, processor)
+            for folder in step_folders(out)[:-keep_last] if keep_last else []:
+                remove(folder)
+        draw_curves(out)
+
+    on_rank_0(write_checkpoint)
+    save_state(out, progress, optimizer, generator)
+
+
+def require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
+    """The bytes that the next save takes, rounded up a little. Raises InputError if the disk has less room."""
+    size = sum(12 * p.numel() for p in policy.parameters() if p.requires_grad)  # of the state: master and two moments
+    if checkpoint:
+        size += sum(p.numel() * p.element_size() for p in policy.parameters())
+    size += 20_000_000  # processor, metrics, curves
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    if free < size:
+        raise InputError(
+            f"{out}: the next save takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room "
+            "(--keep_last keeps fewer checkpoints), then continue with --resume"
+        )
+    return size
+
+
+# ---- complete or not there ----
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete step_000100/, step_000200/, ... in a folder, by step."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, which looks incomplete from the first moment on."""
+    if not path.name.endswith(UNFINISHED):
+        path = path.rename(path.with_name(f"{path.name}.removed{UNFINISHED}"))
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _begin(folder: Path) -> Path:
+    """A new empty folder for the files of `folder`, until _finish gives it its name."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    if unfinished.exists():
+        remove(unfinished)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def _finish(folder: Path) -> None:
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)  # on disk before it counts as complete, should the machine lose power
+        os.close(descriptor)
+    if folder.exists():
+        remove(folder)
     unfinished.rename(folder)
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def draw_curves(out: Path) -> None:
@@ -87,5 +302,7 @@ def draw_curves(out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    figure.savefig(out / "curves.png", dpi=90)
+    unfinished = out / f"curves.png{UNFINISHED}"
+    figure.savefig(unfinished, dpi=90, format="png")
     plt.close(figure)
+    unfinished.replace(out / "curves.png")

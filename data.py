@@ -10,6 +10,7 @@ Four formats are told apart by the content of each record:
 A file is either one JSON list or one JSON object a line.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -119,6 +120,12 @@ def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
     return questions
 
 
+def digest(questions: list[Question]) -> str:
+    """A short text that differs where questions, choices, answers or their order differ."""
+    content = [(question.question, question.choices, question.answer) for question in questions]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
 def check_answers(questions: list[Question], path: str) -> None:
     """Raise InputError if the answer of a question from the file `path` is withheld."""
     withheld = [question.id for question in questions if question.answer is None]
@@ -226,17 +233,18 @@ def _one_line_errors(path: str):
 # ---- which questions a rank trains on ----
 
 
-def step_indices(num_questions: int, step: int, prompts_per_rank: int, rank: int, world_size: int, seed: int):
-    """Indices of the questions that `rank` trains on in `step` (counted from 0), [prompts_per_rank].
+def step_indices(num_questions: int, position: int, prompts_per_rank: int, rank: int, seed: int) -> list[int]:
+    """Indices of the questions that `rank` trains on in the next step, [prompts_per_rank].
 
     All ranks read one endless stream, epoch after epoch, each epoch a fresh shuffle of all questions by seed and
     epoch, so that every question is used once per epoch whatever the number of ranks. A step takes the stream's next
-    prompts_per_rank * world_size questions. A pure function: the position in the data is the step number.
+    questions, prompts_per_rank for rank 0, as many for rank 1, ... `position` is the number of questions that all
+    ranks took before. A pure function: it has no state to save but that number.
     """
-    start = (step * world_size + rank) * prompts_per_rank
+    start = position + rank * prompts_per_rank
     indices = []
-    for position in range(start, start + prompts_per_rank):
-        epoch, offset = divmod(position, num_questions)
+    for place in range(start, start + prompts_per_rank):
+        epoch, offset = divmod(place, num_questions)
         indices.append(int(_epoch_order(num_questions, epoch, seed)[offset]))
     return indices
 

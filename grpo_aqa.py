@@ -28,14 +28,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import toy
-from checkpoint import append_jsonl, draw_curves, log_completions, save_checkpoint, start_run
-from data import TEMPLATES, InputError, build_prompt, check_answers, load_questions, step_indices
-from optimizer import MasterAdamW
+from checkpoint import append_jsonl, find_state, load_state, log_completions, open_run, save_run
+from data import TEMPLATES, InputError, Question, build_prompt, check_answers, digest, load_questions, step_indices
+from optimizer import ShardedAdamW
 from policy import (
     DTYPES,
     Prompt,
@@ -51,7 +51,20 @@ from policy import (
     to_device,
 )
 from reward import accuracy_reward, format_reward
-from runtime import Clock, heldout_table, mean_over_ranks, peak_memory_gb, score_greedily, setup_distributed
+from runtime import (
+    Clock,
+    SharedInputError,
+    catch_sigterm,
+    data_parallel,
+    heldout_table,
+    launchers,
+    mean_over_ranks,
+    on_rank_0,
+    peak_memory_gb,
+    score_greedily,
+    setup_distributed,
+    wait_for_all_ranks,
+)
 
 # ---- the algorithm ----
 
@@ -126,17 +139,6 @@ class Rollout:
     old_logprobs: Tensor | None  # [N, T]; None where the policy has not changed since it sampled
 
 
-class CompletionLogprobs(nn.Module):
-    """policy.completion_logprobs as a module, because DistributedDataParallel watches a module's forward."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs):
-        return completion_logprobs(self.model, *inputs)
-
-
 def accumulate_gradients(ddp_policy: DistributedDataParallel, rollouts: list[Rollout], args) -> dict[str, float]:
     """Backward through the loss of equally large rollouts, one after the other. Returns the loss and its stats.
 
@@ -165,34 +167,47 @@ def accumulate_gradients(ddp_policy: DistributedDataParallel, rollouts: list[Rol
     return sums
 
 
-def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.device) -> None:
+@dataclass
+class Run:
+    """What rank 0 finds out before any weights are loaded."""
+
+    config: dict
+    questions: list[Question]
+    heldout: list[Question]
+    state: Path | None  # the folder to resume from
+
+
+def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device: torch.device) -> None:
     """The whole run: load, score, loop over steps, save, score again."""
-    out = Path(args.out)
-    questions = load_questions(args.data, args.audio_dir)
-    heldout = load_questions(args.heldout) if args.heldout else []
+    out, questions, heldout = Path(args.out), run.questions, run.heldout
     policy, processor = load_policy(args.model, pick_dtype(args.dtype, device), device)
+    wait_for_all_ranks()  # some node may be slower to download or read the weights
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:
         reference = copy.deepcopy(policy).requires_grad_(False)
-    ddp_policy = DistributedDataParallel(
-        CompletionLogprobs(policy), broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-    optimizer = MasterAdamW([parameter for parameter in policy.parameters() if parameter.requires_grad])
+    checkpointing = args.gradient_checkpointing == "on" or args.gradient_checkpointing == "auto" and device.type == "cuda"
+    any_prompt = to_device(encode_prompts(processor, questions[:1], args.template), device)
+    ddp_policy = data_parallel(policy, any_prompt, checkpointing)
+    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     generator = torch.Generator(device).manual_seed(args.seed * 100_003 + rank)  # each rank draws its own samples
     stop_ids = stop_token_ids(policy, processor)
-    if rank == 0:
-        heldout_path = args.heldout and os.path.abspath(args.heldout)  # eval_mmau.py finds it from anywhere
-        start_run(out, vars(args) | {"heldout": heldout_path, "world_size": world_size, "questions": len(questions)})
-    before = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
+    on_rank_0(lambda: open_run(out, run.config, run.state, policy))
+    if run.state:
+        progress = load_state(run.state, optimizer, generator)
+    else:
+        before = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
+        progress = {"step": 0, "position": 0, "before": before}  # position: questions used by all ranks
 
-    bar = tqdm(range(1, args.steps + 1), desc="GRPO", unit="step", disable=rank != 0)
+    preempted = catch_sigterm()
+    steps = range(progress["step"] + 1, args.steps + 1)
+    bar = tqdm(steps, desc="GRPO", unit="step", initial=progress["step"], total=args.steps, disable=rank != 0)
     for step in bar:
         clock = Clock(device)
         lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
 
         # 1. Questions: this rank's share of the step's batch, B of them.
         with clock("data"):
-            indices = step_indices(len(questions), step - 1, args.prompts_per_rank, rank, world_size, args.seed)
+            indices = step_indices(len(questions), progress["position"], args.prompts_per_rank, rank, args.seed)
             batch = [questions[i] for i in indices]
             prompt = to_device(encode_prompts(processor, batch, args.template), device)
 
@@ -235,7 +250,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
             with clock("update"):
                 grad_norm = optimizer.step(lr, args.max_grad_norm)  # clips the gradient first
 
-        # 6. Metrics, completions, curves, checkpoints.
+        # 6. Metrics and completions.
         metrics = mean_over_ranks(
             {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
             | {
@@ -249,9 +264,11 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
                 "seconds": clock.total(),
                 **{f"seconds_{phase}": seconds for phase, seconds in clock.phases.items()},
                 "peak_memory_gb": peak_memory_gb(device),
+                "preempted": float(preempted.is_set()),
             },
             device,
         )
+        stopping = metrics.pop("preempted") > 0  # for all ranks at the same step, once one has had a SIGTERM
         if rank == 0:
             append_jsonl(out / "metrics.jsonl", {"step": step, "lr": lr, "kl": None} | metrics)
             bar.set_postfix({
@@ -265,23 +282,32 @@ def train(args: argparse.Namespace, rank: int, world_size: int, device: torch.de
             if step % args.log_completions_every == 0:
                 prompts = [build_prompt(question, args.template) for question in batch]
                 log_completions(out / "completions.jsonl", step, batch, prompts, texts, rewards, advantages)
-        if step % args.save_every == 0 or step == args.steps:
-            if rank == 0:
-                save_checkpoint(out / f"step_{step:06d}", policy, processor)
-                draw_curves(out)
-            dist.barrier()  # the others wait until it is written
 
+        # 7. Checkpoint and resume state; only the state if the job is about to be ended.
+        progress |= {"step": step, "position": progress["position"] + args.prompts_per_rank * world_size}
+        due = step % args.save_every == 0 or step == args.steps
+        if due or stopping:
+            save_run(out, progress, policy, processor, optimizer, generator, due, args.keep_last)
+        if stopping:
+            break
+
+    bar.close()
+    if progress["step"] < args.steps:
+        if rank == 0:
+            print(f"\nSIGTERM: stopped after step {progress['step']}; --resume continues from there")
+        return
     after = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
     if rank == 0:
         print(f"\nmetrics, curves and checkpoints: {out}")
         if heldout:
-            print(f"\n{heldout_table(heldout, {'before GRPO': before, 'after GRPO': after})}")
+            print(f"\n{heldout_table(heldout, {'before GRPO': progress['before'], 'after GRPO': after})}")
 
 
 # ---- command line ----
 
 # Without --model, these take the place of the defaults below, which are the paper's.
 TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4, dtype="float32")
+TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, toy.paths(Path(TOY["out"])))  # made where they are missing
 TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
 
 
@@ -317,7 +343,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("max_grad_norm", 1.0, "gradients are scaled down to this global norm")
     add("seed", 0, "of the order of questions and of sampling")
     add("dtype", "auto", "of the weights; auto is bfloat16 on a GPU, else float32", choices=("auto", *DTYPES))
-    add("save_every", 100, "steps from one checkpoint to the next")
+    add("gradient_checkpointing", "auto", "recompute layers to save memory; auto: on a GPU", choices=("auto", "on", "off"))
+    add("save_every", 100, "steps from one checkpoint and resume state to the next")
+    add("keep_last", 0, "newest checkpoints to keep; 0 keeps all")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest state")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
 
     args = parser.parse_args(argv)
@@ -325,7 +354,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.data:
             parser.error("--data needs --model (`python toy.py --questions FILE --out DIR` makes a tiny one)")
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        parser.set_defaults(**TOY, prompts_per_rank=max(1, TOY_PROMPTS // processes))
+        parser.set_defaults(model=TOY_MODEL, data=TOY_DATA, heldout=TOY_HELDOUT, **TOY)
+        parser.set_defaults(prompts_per_rank=max(1, TOY_PROMPTS // processes))
         args = parser.parse_args(argv)
     elif args.data is None:
         parser.error("--model needs --data, a file of training questions")
@@ -337,6 +367,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, minimum in (least | {"group_size": 2}).items():
         if getattr(args, name) < minimum:
             parser.error(f"--{name} must be at least {minimum}, not {getattr(args, name)}")
+    if args.keep_last < 0:
+        parser.error(f"--keep_last must be at least 0, not {args.keep_last}")
     if args.prompts_per_rank % args.accumulation_steps:
         parser.error("--prompts_per_rank must be a multiple of --accumulation_steps")
     if args.temperature <= 0:
@@ -344,38 +376,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_inputs(args: argparse.Namespace) -> None:
-    """Raise InputError for inputs that cannot be trained on, before any weights are loaded."""
-    check_answers(load_questions(args.data, args.audio_dir), args.data)
-    if args.heldout:
-        check_answers(load_questions(args.heldout), args.heldout)
+def prepare(args: argparse.Namespace, started_by: list[str], restarted: bool) -> Run:
+    """Make the toy or check the user's inputs, and look for a state to resume from. Raises InputError."""
+    if args.model == TOY_MODEL:
+        toy.make_toy(Path(TOY_MODEL).parent)
+    questions = load_questions(args.data, args.audio_dir)
+    check_answers(questions, args.data)
+    heldout = load_questions(args.heldout) if args.heldout else []
+    check_answers(heldout, args.heldout)
     check_model(args.model)
+    config = vars(args) | {
+        "heldout": args.heldout and os.path.abspath(args.heldout),  # eval_mmau.py finds it from anywhere
+        "questions_digest": digest(questions),
+        "world_size": dist.get_world_size(),
+        "launchers": started_by,
+    }
+    return Run(config, questions, heldout, find_state(Path(args.out), config, args.resume, restarted))
 
 
 def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
-    good = [True]
-    if rank == 0:  # makes the toy, or checks the user's inputs, once, while the others wait
-        try:
-            if args.model is None:
-                toy.make_toy(Path("runs/toy"))
-            else:
-                check_inputs(args)
-        except InputError as error:
+    started_by, restarted = launchers()
+    try:
+        run = on_rank_0(lambda: prepare(args, started_by, restarted))
+        train(args, run, rank, world_size, device)
+    except InputError as error:
+        shared = isinstance(error, SharedInputError)
+        if rank == 0 or not shared:
             print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
-            good = [False]
-    dist.broadcast_object_list(good)
-    if good[0]:
-        if args.model is None:
-            args.model, args.data, args.heldout = map(str, toy.paths(Path("runs/toy")))
-        try:
-            train(args, rank, world_size, device)
-        except InputError as error:  # of this process alone, such as a clip that cannot be decoded
-            print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
+        if not shared:  # such as a clip that this rank alone cannot decode
             os._exit(1)  # at once: the others may wait for this one in a collective, and torchrun ends them
+        dist.destroy_process_group()
+        return 1
+    wait_for_all_ranks()
     dist.destroy_process_group()
-    return 0 if good[0] else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns
+LOGITS_CHUNK = 512  # tokens whose logits are held at once: 156,032 words in float32 are 0.3 GB
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -100,7 +102,7 @@ def slice_prompt(prompt: Prompt, start: int, stop: int) -> Prompt:
     return {name: tensor[start:stop] for name, tensor in prompt.items()}
 
 
-def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor) -> Tensor:
+def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor, checkpointing=False) -> Tensor:
     """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H].
 
     The model's own encoder takes 30 s of mel frames, 3,000, whatever a clip's length. Here it runs over the longest
@@ -117,7 +119,7 @@ def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor
     heard = torch.arange(hidden.shape[1], device=hidden.device) < encoder_frames[:, None]
     mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=heard)
     for layer in tower.layers:
-        hidden = layer(hidden, mask)
+        hidden = _run(layer, hidden, mask, checkpointing=checkpointing)
     hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
     valid = torch.arange(hidden.shape[1], device=hidden.device) < audio_tokens[:, None]
     return model.model.multi_modal_projector(hidden[valid])
@@ -126,35 +128,79 @@ def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor
 # ---- prefill and decode ----
 
 
-def prefill(model, prompt: Prompt):
-    """Run each prompt through the model once. Returns its last hidden state [B, H] and its KV cache."""
-    input_ids, attention_mask = prompt["input_ids"], prompt["attention_mask"]
-    features = audio_features(model, prompt["input_features"], prompt["feature_attention_mask"])
-    embeds = model.get_input_embeddings()(input_ids)
-    is_audio = (input_ids == model.config.audio_token_id)[:, :, None]
-    embeds = embeds.masked_scatter(is_audio, features.to(embeds.dtype))
-    out = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),  # left padding takes no positions
-        use_cache=True,
-    )
-    return out.last_hidden_state[:, -1], out.past_key_values
+class GroupCache:
+    """Keys and values of B prompts, each held once, and of their N = B * G completions, layer by layer.
+
+    The model's attention layers call `update` with the keys and values of new tokens [rows, heads, tokens, head size]
+    and attend to what it returns: a prompt's own while its rows are prompts, and each completion's joined to those of
+    its prompt once `fork` has been called.
+    """
+
+    def __init__(self):
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
+        self.completions: dict[int, tuple[Tensor, Tensor]] = {}
+        self.group_size = None
+
+    def fork(self, group_size: int) -> None:
+        """From here on, rows are completions."""
+        self.group_size = group_size
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
+        if self.group_size is None:
+            self.prompt[layer] = keys, values
+            return keys, values
+        if layer in self.completions:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.completions[layer], (keys, values)))
+        self.completions[layer] = keys, values
+        return tuple(
+            torch.cat([shared.repeat_interleave(self.group_size, dim=0), own], dim=2)
+            for shared, own in zip(self.prompt[layer], (keys, values))
+        )
 
 
-def decode(model, tokens: Tensor, cache, attention_mask: Tensor) -> Tensor:
+def embed_prompt(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
+    """The prompt's token embeddings with the audio's features in the place of its <|AUDIO|> tokens, [B, P, H]."""
+    features = audio_features(model, prompt["input_features"], prompt["feature_attention_mask"], checkpointing)
+    embeds = model.get_input_embeddings()(prompt["input_ids"])
+    is_audio = (prompt["input_ids"] == model.config.audio_token_id)[:, :, None]
+    return embeds.masked_scatter(is_audio, features.to(embeds.dtype))
+
+
+def attention_inputs(model, embeds: Tensor, attention_mask: Tensor) -> dict:
+    """What the decoder layers need beside the hidden states of t new tokens: causal mask and rotary positions.
+
+    `attention_mask` [rows, tokens] covers what stands before the new tokens and themselves; where it is 0, there is
+    padding, which takes no positions.
+    """
+    new, total = embeds.shape[1], attention_mask.shape[1]
+    causal = torch.ones(new, total, dtype=torch.bool, device=embeds.device).tril(total - new)
+    # A padding token attends to itself, so that no row of the softmax is empty.
+    mask = causal & (attention_mask[:, None, None, :].bool() | causal.triu(total - new))
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
+    return {"attention_mask": mask, "position_embeddings": model.model.language_model.rotary_emb(embeds, position_ids)}
+
+
+def prefill(model, prompt: Prompt) -> tuple[Tensor, GroupCache]:
+    """Run each prompt through the model once. Returns its last hidden state [B, H] and its keys and values."""
+    cache = GroupCache()
+    embeds = embed_prompt(model, prompt)
+    return _decoder(model, embeds, prompt["attention_mask"], cache)[:, -1], cache
+
+
+def decode(model, tokens: Tensor, cache: GroupCache, attention_mask: Tensor) -> Tensor:
     """Run completion tokens [N, t] on the cache of what stands before them, adding them to it. Returns [N, t, H].
 
     `attention_mask` [N, cached + t] covers the cached tokens and the new ones.
     """
     # The completion has no audio of its own: a sampled <|AUDIO|> is embedded as the word that it is.
-    return model.model.language_model(
-        inputs_embeds=model.get_input_embeddings()(tokens),
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(-1) - 1)[:, -tokens.shape[1] :],
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    return _decoder(model, model.get_input_embeddings()(tokens), attention_mask, cache)
+
+
+def _decoder(model, hidden: Tensor, attention_mask: Tensor, cache: GroupCache) -> Tensor:
+    inputs = attention_inputs(model, hidden, attention_mask)
+    for layer in model.model.language_model.layers:
+        hidden = layer(hidden, past_key_values=cache, **inputs)
+    return model.model.language_model.norm(hidden)
 
 
 @torch.no_grad()
@@ -174,7 +220,7 @@ def sample_group(
     """
     hidden, cache = prefill(model, prompt)
     hidden = hidden.repeat_interleave(group_size, dim=0)
-    cache.batch_repeat_interleave(group_size)
+    cache.fork(group_size)
     attention_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
     stop = torch.tensor(stop_ids, device=hidden.device)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -200,31 +246,63 @@ def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator
     return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
 
 
+# ---- log-probs ----
+
+
 def completion_logprobs(
-    model, prompt: Prompt, completions: Tensor, mask: Tensor, temperature: float
+    model, prompt: Prompt, completions: Tensor, mask: Tensor, temperature: float, checkpointing: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of sampled completions, with gradient unless under no_grad. One path for policy and reference.
 
     prompt: B prompts; completions, mask: [N, T] with N = B * G as sample_group returns them. Returns the tokens'
     log-probs under softmax(logits / temperature) and, without gradient, that distribution's entropy in nats, both
     [N, T] float32 and 0 where the mask is False. Logits are computed for completion tokens only.
-    """
-    group_size = len(completions) // len(prompt["input_ids"])
-    hidden, cache = prefill(model, prompt)
-    hidden = hidden.repeat_interleave(group_size, dim=0)[:, None]  # [N, 1, H]; predicts the first completion token
-    if completions.shape[1] > 1:
-        cache.batch_repeat_interleave(group_size)
-        prompt_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
-        attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], dim=1)
-        hidden = torch.cat([hidden, decode(model, completions[:, :-1], cache, attention_mask)], dim=1)
 
-    logits = model.lm_head(hidden[mask]).float() / temperature  # [completion tokens, vocabulary]
-    all_logprobs = logits.log_softmax(dim=-1)
-    token_logprobs = all_logprobs.gather(-1, completions[mask][:, None])[:, 0]
-    with torch.no_grad():
-        token_entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    Prompts and completions go through the layers side by side, so that a layer's keys and values are gone once it is
+    done. With `checkpointing`, only what passes between layers is kept for the backward pass, which computes the
+    inside of each layer a second time: a third more arithmetic for a tenth of the memory.
+    """
+    decoder, group_size = model.model.language_model, len(completions) // len(prompt["input_ids"])
+    prompt_hidden = embed_prompt(model, prompt, checkpointing)
+    hidden = model.get_input_embeddings()(completions[:, :-1])  # the last token predicts nothing
+    prompt_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
+    attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], dim=1)
+    prompt_inputs = attention_inputs(model, prompt_hidden, prompt["attention_mask"])
+    inputs = attention_inputs(model, hidden, attention_mask)
+
+    def run(layer, prompt_hidden, hidden):
+        cache = GroupCache()
+        prompt_hidden = layer(prompt_hidden, past_key_values=cache, **prompt_inputs)
+        if hidden.shape[1] == 0:
+            return prompt_hidden, hidden  # completions of a single token
+        cache.fork(group_size)
+        return prompt_hidden, layer(hidden, past_key_values=cache, **inputs)
+
+    for layer in decoder.layers:
+        prompt_hidden, hidden = _run(run, layer, prompt_hidden, hidden, checkpointing=checkpointing)
+    first = prompt_hidden[:, -1:].repeat_interleave(group_size, dim=0)  # predicts the first completion token
+    hidden = decoder.norm(torch.cat([first, hidden], dim=1))[mask]  # [completion tokens, H]
+
+    scores = [
+        _run(token_scores, model.lm_head, *chunk, temperature, checkpointing=checkpointing)
+        for chunk in zip(hidden.split(LOGITS_CHUNK), completions[mask].split(LOGITS_CHUNK))
+    ]
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return zeros.masked_scatter(mask, token_logprobs), zeros.masked_scatter(mask, token_entropy)
+    return tuple(zeros.masked_scatter(mask, torch.cat(tensors)) for tensors in zip(*scores))
+
+
+def token_scores(lm_head, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs of `tokens` [n] and entropy of their distribution, from what predicts them [n, H], in float32."""
+    all_logprobs = (lm_head(hidden).float() / temperature).log_softmax(dim=-1)  # [n, vocabulary]
+    with torch.no_grad():
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+    return all_logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+
+def _run(function, *inputs, checkpointing: bool):
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+    return function(*inputs)
 
 
 # ---- text ----

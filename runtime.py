@@ -2,24 +2,34 @@
 
 import os
 import resource
+import signal
+import socket
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
-from data import Question
-from policy import answer_greedily
+from data import InputError, Question
+from policy import Prompt, answer_greedily, completion_logprobs
 from reward import format_reward, guessing, mmau_match, prediction
 
+# ---- processes ----
 
-def setup_distributed() -> tuple[int, int, torch.device]:
+_patient_group = None  # of all ranks; set by setup_distributed
+
+
+def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, or be a single one. Returns rank, number of processes and device.
 
     Each process takes a GPU of its own; where this machine has fewer than processes, all of them stay on the CPU.
+    A collective of the training step that lasts longer than `timeout` ends the run: some rank hangs.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -37,11 +47,87 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         rank=rank,
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
-        timeout=timedelta(hours=1),  # what the others may wait for rank 0: a download, a checkpoint of many GB
+        timeout=timeout,
     )
+    global _patient_group  # for waits that have no right length: a download, a checkpoint of many GB
+    _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if rank != 0:
         disable_progress_bar()  # transformers' bars; one set of them is enough
     return rank, world_size, device
+
+
+def wait_for_all_ranks() -> None:
+    """Return once every rank is here, however long that takes."""
+    dist.barrier(group=_patient_group)
+
+
+def on_rank_0(function):
+    """Call `function` on rank 0 alone, while the others wait however long it takes. Returns its result to every rank.
+
+    An InputError of it is raised as SharedInputError on every rank.
+    """
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [function(), None]
+        except InputError as error:
+            outcome = [None, str(error)]
+    dist.broadcast_object_list(outcome, group=_patient_group)
+    result, error = outcome
+    if error is not None:
+        raise SharedInputError(error)
+    return result
+
+
+class SharedInputError(InputError):
+    """An InputError that all ranks raise together."""
+
+
+def launchers() -> tuple[list[str], bool]:
+    """The torchrun processes that started the ranks, as "host:pid", and whether they did so after a rank had died."""
+    mine = f"{socket.gethostname()}:{os.getppid()}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine, group=_patient_group)
+    names, restarted = zip(*everyones)
+    return sorted(set(names)), any(restarted)
+
+
+def catch_sigterm() -> threading.Event:
+    """From now on SIGTERM, which announces the end of a job, only sets the event that is returned."""
+    announced = threading.Event()
+    signal.signal(signal.SIGTERM, lambda signum, frame: announced.set())
+    return announced
+
+
+class CompletionLogprobs(nn.Module):
+    """policy.completion_logprobs as a module, because DistributedDataParallel watches a module's forward."""
+
+    def __init__(self, model, checkpointing: bool):
+        super().__init__()
+        self.model, self.checkpointing = model, checkpointing
+
+    def forward(self, *inputs):
+        return completion_logprobs(self.model, *inputs, self.checkpointing)
+
+
+def data_parallel(model, prompt: Prompt, checkpointing: bool) -> DistributedDataParallel:
+    """The policy's completion_logprobs, its gradients averaged over the ranks; their memory is the buckets they travel in.
+
+    Two backward passes over `prompt`, any single one, bring DistributedDataParallel to the state it keeps: the first
+    shows it the order of the gradients, by which it lays out its buckets anew, and the second makes the gradients
+    views into those. Without this, gradients that are accumulated before the first exchange would take up their
+    memory twice, and a resumed run's first step would add numbers up in another order than a run never interrupted.
+    """
+    ddp_model = DistributedDataParallel(CompletionLogprobs(model, checkpointing), gradient_as_bucket_view=True)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        ddp_model(prompt, tokens, torch.ones_like(tokens, dtype=torch.bool), 1.0)[0].sum().backward()
+    model.zero_grad(set_to_none=False)
+    return ddp_model
+
+
+# ---- measuring ----
 
 
 class Clock:

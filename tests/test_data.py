@@ -280,8 +280,8 @@ def test_real_recordings(file, number):
 
 def stream(number, steps, prompts, world_size, seed=0):
     """What all ranks together train on, step by step."""
-    places = [(step, rank) for step in range(steps) for rank in range(world_size)]
-    return [i for step, rank in places for i in step_indices(number, step, prompts, rank, world_size, seed)]
+    places = [(step * prompts * world_size, rank) for step in range(steps) for rank in range(world_size)]
+    return [i for position, rank in places for i in step_indices(number, position, prompts, rank, seed)]
 
 
 @pytest.mark.parametrize("number", [1, 5, 7, 12])
@@ -299,18 +299,25 @@ def test_same_stream_for_any_number_of_ranks():
     assert stream(11, 9, 4, 1) == stream(11, 9, 2, 2) == stream(11, 9, 1, 4)
 
 
+def test_the_stream_goes_on_with_another_number_of_ranks():
+    """3 steps of 2 ranks with 2 prompts, then one rank with 3: no question is left out or doubled."""
+    first = stream(7, 3, 2, 2)
+    rest = [i for position in range(12, 21, 3) for i in step_indices(7, position, 3, 0, 0)]
+    assert first + rest == stream(7, 21, 1, 1)
+
+
 def test_every_seed_and_epoch_has_its_own_order():
     """5 seeds by 5 epochs give 25 orders, none of them the file's own."""
-    orders = {tuple(step_indices(20, epoch, 20, 0, 1, seed)) for epoch in range(5) for seed in range(5)}
+    orders = {tuple(step_indices(20, 20 * epoch, 20, 0, seed)) for epoch in range(5) for seed in range(5)}
     assert len(orders | {tuple(range(20))}) == 26
 
 
 def test_step_indices_is_pure():
     """A step's questions depend on nothing but the arguments, and the global generator is left alone."""
     np.random.seed(0)
-    before = step_indices(10, 3, 4, 1, 2, 0)
+    before = step_indices(10, 24, 4, 1, 0)
     state = np.random.get_state()[1].copy()
     stream(10, 5, 4, 2, seed=1)
     assert np.array_equal(np.random.get_state()[1], state)
     np.random.seed(1)
-    assert step_indices(10, 3, 4, 1, 2, 0) == before and [type(index) for index in before] == [int] * 4
+    assert step_indices(10, 24, 4, 1, 0) == before and [type(index) for index in before] == [int] * 4

@@ -1,4 +1,4 @@
-"""The same rollouts give the same parameters on one process and on two, in one part and in several."""
+"""The same rollouts give the same parameters on one process, two and four, in one part and in several."""
 
 import copy
 from argparse import Namespace
@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 import toy
-from grpo_aqa import CompletionLogprobs, Rollout, accumulate_gradients
-from optimizer import MasterAdamW
+from grpo_aqa import Rollout, accumulate_gradients
+from optimizer import ShardedAdamW
 from policy import completion_logprobs, encode_prompts
+from runtime import data_parallel
 
-GROUP_SIZE, STEPS = 3, 3
+GROUP_SIZE, STEPS = 3, 10
 SETTINGS = Namespace(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
 
 
@@ -26,16 +26,18 @@ def fixed_completions(step, index, vocabulary):
     return tokens, torch.arange(5) < lengths, torch.randn(GROUP_SIZE, generator=g)
 
 
-def train(rank, world_size, parts, questions, folder):
-    """Three AdamW steps on four questions, shared by the processes and split into parts; rank 0 saves the outcome."""
+def train(rank, world_size, parts, dtype, questions, folder):
+    """Ten AdamW steps on four questions, shared by the processes and split into parts; each rank saves what it has."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     model, processor = toy.make_model(questions, seconds=2, seed=0)
-    model.double()
+    model.to(dtype)
     reference = copy.deepcopy(model)
-    ddp_policy = DistributedDataParallel(CompletionLogprobs(model), gradient_as_bucket_view=True)
-    optimizer = MasterAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    prompt = encode_prompts(processor, questions[:1], "answer")
+    ddp_policy = data_parallel(model, prompt, checkpointing=parts > 1)
+    optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+    gradient_bytes = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trained(model)}
     share = len(questions) // (world_size * parts)
     grad_norms = []  # AdamW forgives a gradient of the wrong size, its norm does not
     for step in range(STEPS):
@@ -45,33 +47,55 @@ def train(rank, world_size, parts, questions, folder):
             indices = range(start, start + share)
             groups = [fixed_completions(step, index, model.config.text_config.vocab_size) for index in indices]
             completions, mask, advantages = (torch.cat(tensors) for tensors in zip(*groups))
-            prompt = encode_prompts(processor, [questions[i] for i in indices], "answer")
+            prompt = encode_prompts(processor, [questions[index] for index in indices], "answer")
             with torch.no_grad():
                 ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, SETTINGS.temperature)
             rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
         accumulate_gradients(ddp_policy, rollouts, SETTINGS)
-        grad_norms.append(optimizer.step(lr=1e-3, max_grad_norm=1.0))
-    if rank == 0:
-        torch.save((model.state_dict(), grad_norms), f"{folder}/trained.pt")
+        assert {p.grad.untyped_storage().data_ptr() for p in trained(model)} == gradient_bytes.keys()  # no second copy
+        grad_norms.append(optimizer.step(lr=1e-4, max_grad_norm=1.0))
+    outcome = {"weights": model.state_dict(), "grad_norms": grad_norms, "gradient_bytes": sum(gradient_bytes.values())}
+    torch.save(outcome | {"optimizer": optimizer.state}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def run(world_size, parts, dtype, questions, folder):
+    """What each rank saved."""
+    mp.spawn(train, (world_size, parts, dtype, questions, str(folder)), nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
 @pytest.fixture(scope="module")
 def one_process(questions, tmp_path_factory):
-    return run(1, 1, questions, tmp_path_factory.mktemp("one"))
+    """What a single process gets in one part, in float32."""
+    return run(1, 1, torch.float32, questions, tmp_path_factory.mktemp("one"))[0]
 
 
-def run(world_size, parts, questions, folder):
-    mp.spawn(train, (world_size, parts, questions, str(folder)), nprocs=world_size)
-    return torch.load(folder / "trained.pt")
-
-
-@pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_processes_and_parts_do_not_change_the_result(questions, one_process, tmp_path, world_size, parts):
-    (weights, grad_norms), (expected, expected_norms) = run(world_size, parts, questions, tmp_path), one_process
-    assert grad_norms == pytest.approx(expected_norms, rel=1e-6)
-    start, _ = toy.make_model(questions, seconds=2, seed=0)
-    for name, initial in start.state_dict().items():
-        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-6, msg=name)  # a step moves 1e-3
+    ranks = run(world_size, parts, torch.float32, questions, tmp_path)
+    start = toy.make_model(questions, seconds=2, seed=0)[0].state_dict()
+    assert ranks[0]["grad_norms"] == pytest.approx(one_process["grad_norms"], rel=1e-5)
+    for name, weight in one_process["weights"].items():
+        assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks), name
+        off = (ranks[0]["weights"][name] - weight).abs()  # of a way of up to 10 steps x 1e-4
+        assert off.max() < 2e-5 and off.mean() < 1e-8, name
         if not name.endswith("embed_positions.weight"):  # the audio tower's fixed sinusoids
-            assert (weights[name] - initial).abs().max() > 1e-4, f"{name} was not trained"
+            assert (weight - start[name]).abs().max() > 1e-4, f"{name} was not trained"
+
+
+def test_optimizer_state_is_sharded(questions, tmp_path):
+    """Each parameter's state is on one rank, a fourth of all bytes on each of four, and gradients exist once."""
+    ranks = run(4, 1, torch.float32, questions, tmp_path)
+    trainable = {n: p for n, p in toy.make_model(questions, 2, 0)[0].named_parameters() if p.requires_grad}
+    names = [name for rank in ranks for name in rank["optimizer"]]
+    assert sorted(names) == sorted(trainable)
+    weights = sum(p.numel() for p in trainable.values())
+    for rank in ranks:
+        held = sum(tensor.nbytes for state in rank["optimizer"].values() for tensor in state.values())
+        assert held == pytest.approx(12 * weights / 4, rel=0.1)
+        assert rank["gradient_bytes"] == pytest.approx(4 * weights, rel=0.001)

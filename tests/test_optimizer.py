@@ -1,10 +1,11 @@
-"""MasterAdamW: AdamW itself in float32, and its shadow in bfloat16 where plain AdamW stands still."""
+"""ShardedAdamW: AdamW itself in float32, and its shadow in bfloat16 where plain AdamW stands still."""
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from optimizer import MasterAdamW
+from optimizer import ShardedAdamW, assign_owners, global_norm
 
 LR, STEPS = 1e-6, 200
 
@@ -31,31 +32,77 @@ def with_torch(dtype):
     return parameter.detach()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def with_masters(dtype):
     parameter = start(dtype)
-    optimizer = MasterAdamW([parameter])
+    optimizer = ShardedAdamW({"weight": parameter})
     for gradient in gradients():
         parameter.grad = gradient.to(dtype)
         optimizer.step(LR, max_grad_norm=1e9)
-        assert parameter.grad is None
-    return parameter.detach(), optimizer.masters[0].detach()
+        assert (parameter.grad == 0).all()
+    return parameter.detach(), optimizer.state["weight"]["master"]
 
 
 def test_gradients_are_clipped_to_a_global_norm_in_float32():
     """AdamW's first step has the size of the learning rate whatever the gradient's; its memory shows the clipping."""
-    parameters = [start(torch.bfloat16), start(torch.bfloat16)]
-    optimizer = MasterAdamW(parameters)
-    for parameter, gradient in zip(parameters, gradients()):
+    parameters = {"a": start(torch.bfloat16), "b": start(torch.bfloat16)}
+    optimizer = ShardedAdamW(parameters)
+    for parameter, gradient in zip(parameters.values(), gradients()):
         parameter.grad = gradient.bfloat16()
-    exact = torch.cat([parameter.grad.float() for parameter in parameters]).norm().item()
+    exact = torch.cat([parameter.grad.double() for parameter in parameters.values()]).norm().item()
     assert optimizer.step(LR, max_grad_norm=1.0) == pytest.approx(exact, rel=1e-6)
-    kept = torch.cat([optimizer.adamw.state[master]["exp_avg"] for master in optimizer.masters]) / 0.1
+    kept = torch.cat([state["exp_avg"] for state in optimizer.state.values()]) / 0.1
     assert kept.norm().item() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_a_norm_below_the_limit_changes_nothing():
+    parameter = start(torch.float32)
+    optimizer = ShardedAdamW({"weight": parameter})
+    parameter.grad = gradients()[0] / 1000
+    assert optimizer.step(LR, max_grad_norm=1.0) < 0.1
+    torch.testing.assert_close(optimizer.state["weight"]["exp_avg"], gradients()[0] / 1e4)
+
+
+def test_global_norm_of_many_bfloat16_values():
+    """A bfloat16 sum of squares would stop growing at 256 ones."""
+    assert global_norm([torch.ones(10_000, dtype=torch.bfloat16)] * 4) == 200
 
 
 def test_float32_is_adamw():
     parameter, master = with_masters(torch.float32)
-    assert torch.equal(parameter, with_torch(torch.float32)) and parameter.data_ptr() == master.data_ptr()
+    torch.testing.assert_close(parameter, with_torch(torch.float32), rtol=1e-6, atol=1e-9)
+    assert parameter.data_ptr() == master.data_ptr()
+
+
+def test_state_continues_where_it_was():
+    """Half of the steps, a second optimizer that takes over its state, the rest: as in one go, weights and all."""
+    whole, _ = with_masters(torch.bfloat16)
+    parameter, other = start(torch.bfloat16), nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    first, second = ShardedAdamW({"weight": parameter}), ShardedAdamW({"weight": other})
+    for step, gradient in enumerate(gradients()):
+        if step == STEPS // 2:
+            second.load_state(first.state)
+            assert torch.equal(other, parameter) and second.state["weight"]["master"].dtype == torch.float32
+        current, optimizer = (parameter, first) if step < STEPS // 2 else (other, second)
+        current.grad = gradient.bfloat16()
+        optimizer.step(LR, max_grad_norm=1e9)
+    assert torch.equal(other, whole)
+
+
+def test_owners_hold_about_as_much():
+    """8 ranks and sizes like those of Qwen2-Audio: two huge matrices, hundreds of large ones, many small ones."""
+    sizes = {"embed": 640, "head": 640} | {f"w{i}": 45 for i in range(96)} | {f"a{i}": 17 for i in range(128)}
+    sizes |= {f"b{i}": 1 for i in range(300)}
+    for world_size in (1, 2, 4, 8):
+        owners = assign_owners(sizes, world_size)
+        held = [sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in range(world_size)]
+        assert owners.keys() == sizes.keys() and max(held) <= 1.02 * sum(sizes.values()) / world_size
 
 
 def test_bfloat16_follows_float32_and_plain_bfloat16_does_not():

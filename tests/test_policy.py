@@ -103,14 +103,18 @@ CASES = {  # questions, completion lengths, temperature, whether a completion ho
 }
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("which, lengths, temperature, audio_word", CASES.values(), ids=CASES)
-def test_logprobs_entropy_and_all_gradients(exact, tiny, questions, which, lengths, temperature, audio_word):
+def test_logprobs_entropy_and_all_gradients(
+    exact, monkeypatch, tiny, questions, which, lengths, temperature, audio_word, checkpointing
+):
     """They are those of the plain way, and every parameter gets a gradient, as DistributedDataParallel needs."""
+    monkeypatch.setattr(policy, "LOGITS_CHUNK", 4)
     model, processor = tiny
     batch = [questions[i] for i in which]
     completions, mask = random_completions(model, lengths, audio_word)
     prompt = encode_prompts(processor, batch, "answer")
-    logprobs, entropy = completion_logprobs(model, prompt, completions, mask, temperature)
+    logprobs, entropy = completion_logprobs(model, prompt, completions, mask, temperature, checkpointing)
 
     plain = (plain_logits(model, full_prompt(processor, batch), completions, mask) / temperature).log_softmax(-1)
     plain_logprobs = plain.gather(-1, completions[:, :, None])[:, :, 0] * mask
@@ -124,6 +128,28 @@ def test_logprobs_entropy_and_all_gradients(exact, tiny, questions, which, lengt
     plain_gradients = torch.autograd.grad((weights * plain_logprobs).sum(), parameters)
     assert_close(dict(zip(names, gradients)), dict(zip(names, plain_gradients)), rtol=1e-9, atol=1e-11)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_checkpointing_keeps_a_fraction_and_changes_no_bit(tiny, questions):
+    """The gradients are equal to the last bit; what waits for the backward pass is a tenth or less."""
+    model, processor = copy.deepcopy(tiny[0]).float(), tiny[1]
+    completions, mask = random_completions(model, [20] * 8)
+    prompt, kept, gradients = encode_prompts(processor, questions[3:], "answer"), [], []
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    for checkpointing in (False, True):
+        saved = {}
+
+        def keep(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs, _ = completion_logprobs(model, prompt, completions, mask, 1.0, checkpointing)
+        kept.append(sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(logprobs.sum(), parameters))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 10
 
 
 def test_logprobs_are_float32_and_follow_grad_mode(tiny, questions):
