@@ -84,6 +84,8 @@ def _start_run(out: Path, config: dict) -> None:
 def _continue_run(out: Path, config: dict, state: Path) -> None:
     """Bring the run folder back to when `state` was saved."""
     _remove_unfinished(out)
+    for earlier in step_folders(out / "resume")[:-1]:
+        remove(earlier)
     for name in ("metrics.jsonl", "completions.jsonl"):
         cut_jsonl(out / name, _step(state))
     _write(out / "config.json", json.dumps(config, indent=2) + "\n")
@@ -108,7 +110,7 @@ def append_jsonl(path: Path, record: dict) -> None:
 def cut_jsonl(path: Path, step: int) -> None:
     """Drop the lines of later steps, and the part of a line that a killed process may have left at the end."""
     if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        lines = [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
         _write(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
@@ -154,6 +156,7 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     unfinished.mkdir(parents=True, exist_ok=True)  # where nodes do not share a disk, so that `finish` gets to say so
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     torch.save(rank_state, unfinished / f"rank_{dist.get_rank()}.pt")
+    _sync(unfinished / f"rank_{dist.get_rank()}.pt")
     wait_for_all_ranks()
 
     def finish():
@@ -259,12 +262,17 @@ def _begin(folder: Path) -> Path:
 def _finish(folder: Path) -> None:
     unfinished = folder.with_name(folder.name + UNFINISHED)
     for path in [*unfinished.rglob("*"), unfinished]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # on disk before it counts as complete, should the machine lose power
-        os.close(descriptor)
+        _sync(path)
     if folder.exists():
         remove(folder)
     unfinished.rename(folder)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or folder on the disk before it counts as complete: a machine may lose power, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _write(path: Path, text: str) -> None:

@@ -121,8 +121,8 @@ def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
 
 
 def digest(questions: list[Question]) -> str:
-    """A short text that differs where questions, choices, answers or their order differ."""
-    content = [(question.question, question.choices, question.answer) for question in questions]
+    """A short text that differs where the questions, their clips' names, choices, answers or order differ."""
+    content = [(q.question, os.path.basename(q.audio), q.choices, q.answer) for q in questions]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 

@@ -56,6 +56,7 @@ from runtime import (
     SharedInputError,
     catch_sigterm,
     data_parallel,
+    exit_if_abandoned,
     heldout_table,
     launchers,
     mean_over_ranks,
@@ -268,6 +269,7 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
             },
             device,
         )
+        exit_if_abandoned()
         stopping = metrics.pop("preempted") > 0  # for all ranks at the same step, once one has had a SIGTERM
         if rank == 0:
             append_jsonl(out / "metrics.jsonl", {"step": step, "lr": lr, "kl": None} | metrics)

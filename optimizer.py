@@ -51,6 +51,7 @@ class ShardedAdamW:
                 [master], [grad], *moments, [state["step"]],
                 lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, fused=True,
             )  # fmt: skip
+            del grad
         self._send_weights()
         for parameter in self.parameters.values():
             parameter.grad.zero_()  # not None: it stays a view into DistributedDataParallel's buckets

@@ -260,7 +260,7 @@ def completion_logprobs(
 
     Prompts and completions go through the layers side by side, so that a layer's keys and values are gone once it is
     done. With `checkpointing`, only what passes between layers is kept for the backward pass, which computes the
-    inside of each layer a second time: a third more arithmetic for a tenth of the memory.
+    inside of each layer a second time: a third more arithmetic for, in the real model, a 25th of what is kept.
     """
     decoder, group_size = model.model.language_model, len(completions) // len(prompt["input_ids"])
     prompt_hidden = embed_prompt(model, prompt, checkpointing)

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -22,7 +23,9 @@ from reward import format_reward, guessing, mmau_match, prediction
 
 # ---- processes ----
 
-_patient_group = None  # of all ranks; set by setup_distributed
+# Set by setup_distributed:
+_launcher = None  # id of the process that started this one
+_patient_group = None  # of all ranks, for waits that have no right length: a download, a checkpoint of many GB
 
 
 def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
@@ -43,17 +46,42 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
             print(f"{local_size} processes share {gpus} GPU(s): training on the CPU", flush=True)
     dist.init_process_group(
         backend,
-        store=None if "RANK" in os.environ else dist.HashStore(),  # without torchrun there is nobody to meet
+        store=_meet(rank, world_size) if "RANK" in os.environ else dist.HashStore(),  # without torchrun: nobody to meet
         rank=rank,
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
         timeout=timeout,
     )
-    global _patient_group  # for waits that have no right length: a download, a checkpoint of many GB
+    global _launcher, _patient_group
+    _launcher = os.getppid()
     _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if rank != 0:
         disable_progress_bar()  # transformers' bars; one set of them is enough
     return rank, world_size, device
+
+
+def _meet(rank: int, world_size: int) -> dist.Store:
+    """The store of key-value pairs that the environment names, under a prefix that nobody has used before.
+
+    torchrun keeps one store over its restarts, where a process may find the address of one that is dead and wait for
+    it (github.com/pytorch/pytorch/issues/135712). So rank 0 answers every other rank that is alive with a new prefix.
+    """
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    mine = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"hello/{rank}", mine)
+        prefix = store.get(f"welcome/{mine}").decode()  # waits for the answer to this very process
+        store.set(f"{prefix}/{rank}", "here")
+        return dist.PrefixStore(prefix, store)
+    absent = set(range(1, world_size))
+    while absent:
+        for other in list(absent):
+            if store.check([f"hello/{other}"]):  # of this start or of an earlier one
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
+            if store.check([f"{mine}/{other}"]):
+                absent.remove(other)
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def wait_for_all_ranks() -> None:
@@ -90,6 +118,13 @@ def launchers() -> tuple[list[str], bool]:
     dist.all_gather_object(everyones, mine, group=_patient_group)
     names, restarted = zip(*everyones)
     return sorted(set(names)), any(restarted)
+
+
+def exit_if_abandoned() -> None:
+    """End this process if torchrun was killed in a way that spared it, before it writes where a resumed run may write."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _launcher:
+        print("torchrun is gone: exiting", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def catch_sigterm() -> threading.Event:
