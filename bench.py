@@ -30,9 +30,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from data import InputError
+from decoding import GroupDecoder
 from grpo_aqa import Rollout, accumulate_gradients
 from optimizer import ShardedAdamW
-from policy import Prompt, completion_logprobs, decode, prefill, sample_group, sample_tokens, slice_prompt
+from policy import Prompt, completion_logprobs, prefill, sample_group, sample_tokens, slice_prompt
 from runtime import data_parallel
 
 GB = 1e9
@@ -179,7 +180,7 @@ def count(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace
         prompt = make_prompt(model, args.prompts_per_rank, args.clip_seconds)
         completions = torch.zeros(args.prompts_per_rank * args.group_size, args.max_new_tokens, dtype=torch.long)
         with part("sample"):
-            held["cache"] = count_sampling(model, prompt, completions, live)
+            held["cache"] = count_sampling(model, prompt, completions)
 
         prompt = slice_prompt(prompt, 0, args.prompts_per_rank // args.accumulation_steps)
         completions = completions[: len(prompt["input_ids"]) * args.group_size]
@@ -200,25 +201,17 @@ def count(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace
 
 
 @torch.no_grad()
-def count_sampling(model, prompt: Prompt, completions: Tensor, live: LiveBytes) -> int:
-    """Leave the peak of sample_group in `live.peak`, without its hundreds of turns. Returns the bytes of its cache.
-
-    The peak is in the prefill or in the last turn; the tokens before that one are decoded in a single go, not counted.
-    """
+def count_sampling(model, prompt: Prompt, completions: Tensor) -> int:
+    """What sample_group does, with the last of its turns alone. Returns the bytes of its keys and values."""
+    group_size, length = len(completions) // len(prompt["input_ids"]), completions.shape[1]
     hidden, cache = prefill(model, prompt)
-    group_size = len(completions) // len(hidden)
+    decoder = GroupDecoder(model, cache, prompt["attention_mask"], group_size, room=length - 1)
     hidden = hidden.repeat_interleave(group_size, dim=0)
-    cache.fork(group_size)
-    tokens, prefill_peak = completions[:, :-1], live.peak  # a completion's last token is not decoded
-    attention_mask = torch.ones(len(tokens), prompt["input_ids"].shape[1] + tokens.shape[1], dtype=torch.long)
-    if tokens.shape[1] > 1:
-        decode(model, tokens[:, :-1], cache, attention_mask[:, :-1])
-    live.peak = max(prefill_peak, live.now)
-    if tokens.shape[1] > 0:
-        hidden = decode(model, tokens[:, -1:], cache, attention_mask)[:, -1]
+    if length > 1:
+        decoder.length = length - 2  # tokens before the last one that is decoded
+        hidden = decoder.step(completions[:, -2])
     sample_tokens(model.lm_head(hidden), SETTINGS["temperature"], generator=None)
-    layers = [*cache.prompt.values(), *cache.completions.values()]
-    return sum(keys.nbytes + values.nbytes for keys, values in layers)
+    return sum(keys.nbytes + values.nbytes for keys, values in decoder.prompt_cache + decoder.completion_cache)
 
 
 # ---- memory: measured ----

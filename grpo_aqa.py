@@ -22,6 +22,7 @@ import copy
 import os
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,16 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
         before = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
         progress = {"step": 0, "position": 0, "before": before}  # position: questions used by all ranks
 
+    loader_processor = copy.deepcopy(processor)  # of its own: a tokenizer serves one thread at a time
+
+    def load_batch(position: int) -> tuple[list[Question], Prompt]:
+        indices = step_indices(len(questions), position, args.prompts_per_rank, rank, args.seed)
+        batch = [questions[i] for i in indices]
+        return batch, encode_prompts(loader_processor, batch, args.template)
+
+    loader = ThreadPoolExecutor(max_workers=1)  # decodes the next step's audio while this one is computed
+    upcoming = loader.submit(load_batch, progress["position"])
+
     preempted = catch_sigterm()
     steps = range(progress["step"] + 1, args.steps + 1)
     bar = tqdm(steps, desc="GRPO", unit="step", initial=progress["step"], total=args.steps, disable=rank != 0)
@@ -206,11 +217,11 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
         clock = Clock(device)
         lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
 
-        # 1. Questions: this rank's share of the step's batch, B of them.
+        # 1. Questions: this rank's share of the step's batch, B of them. Here it only waits for what is not ready yet.
         with clock("data"):
-            indices = step_indices(len(questions), progress["position"], args.prompts_per_rank, rank, args.seed)
-            batch = [questions[i] for i in indices]
-            prompt = to_device(encode_prompts(processor, batch, args.template), device)
+            batch, prompt = upcoming.result()
+            upcoming = loader.submit(load_batch, progress["position"] + args.prompts_per_rank * world_size)
+            prompt = to_device(prompt, device)
 
         # 2. G completions of each.
         with clock("sample"):

@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGene
 from transformers.masking_utils import create_bidirectional_mask
 
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
+from decoding import GroupDecoder
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns
 LOGITS_CHUNK = 512  # tokens whose logits are held at once: 156,032 words in float32 are 0.3 GB
+ASK_EVERY = 4  # tokens from one look at whether all completions have ended, for which a GPU has to stop, to the next
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -125,33 +127,25 @@ def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor
     return model.model.multi_modal_projector(hidden[valid])
 
 
-# ---- prefill and decode ----
+# ---- prefill and sample ----
 
 
 class GroupCache:
-    """Keys and values of B prompts, each held once, and of their N = B * G completions, layer by layer.
+    """Keys and values of B prompts, each held once, for their N = B * G completions to attend to.
 
-    The model's attention layers call `update` with the keys and values of new tokens [rows, heads, tokens, head size]
-    and attend to what it returns: a prompt's own while its rows are prompts, and each completion's joined to those of
-    its prompt once `fork` has been called.
+    The model's attention layers call `update` with the keys and values of their tokens [rows, key-value heads, tokens,
+    head size] and attend to what it returns: to their own while rows are prompts and, once `group_size` is set and
+    rows are completions, to their prompt's and their own.
     """
 
     def __init__(self):
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}
-        self.completions: dict[int, tuple[Tensor, Tensor]] = {}
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
         self.group_size = None
-
-    def fork(self, group_size: int) -> None:
-        """From here on, rows are completions."""
-        self.group_size = group_size
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         if self.group_size is None:
-            self.prompt[layer] = keys, values
-            return keys, values
-        if layer in self.completions:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self.completions[layer], (keys, values)))
-        self.completions[layer] = keys, values
+            self.prompt[layer] = keys.contiguous(), values.contiguous()
+            return self.prompt[layer]
         return tuple(
             torch.cat([shared.repeat_interleave(self.group_size, dim=0), own], dim=2)
             for shared, own in zip(self.prompt[layer], (keys, values))
@@ -180,27 +174,16 @@ def attention_inputs(model, embeds: Tensor, attention_mask: Tensor) -> dict:
     return {"attention_mask": mask, "position_embeddings": model.model.language_model.rotary_emb(embeds, position_ids)}
 
 
-def prefill(model, prompt: Prompt) -> tuple[Tensor, GroupCache]:
-    """Run each prompt through the model once. Returns its last hidden state [B, H] and its keys and values."""
-    cache = GroupCache()
-    embeds = embed_prompt(model, prompt)
-    return _decoder(model, embeds, prompt["attention_mask"], cache)[:, -1], cache
+def prefill(model, prompt: Prompt) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Run each prompt through the model once.
 
-
-def decode(model, tokens: Tensor, cache: GroupCache, attention_mask: Tensor) -> Tensor:
-    """Run completion tokens [N, t] on the cache of what stands before them, adding them to it. Returns [N, t, H].
-
-    `attention_mask` [N, cached + t] covers the cached tokens and the new ones.
+    Returns the last hidden state [B, H] and each layer's keys and values, [B, key-value heads, P, head size] each.
     """
-    # The completion has no audio of its own: a sampled <|AUDIO|> is embedded as the word that it is.
-    return _decoder(model, model.get_input_embeddings()(tokens), attention_mask, cache)
-
-
-def _decoder(model, hidden: Tensor, attention_mask: Tensor, cache: GroupCache) -> Tensor:
-    inputs = attention_inputs(model, hidden, attention_mask)
+    hidden, cache = embed_prompt(model, prompt), GroupCache()
+    inputs = attention_inputs(model, hidden, prompt["attention_mask"])
     for layer in model.model.language_model.layers:
         hidden = layer(hidden, past_key_values=cache, **inputs)
-    return model.model.language_model.norm(hidden)
+    return model.model.language_model.norm(hidden)[:, -1], list(cache.prompt.values())
 
 
 @torch.no_grad()
@@ -219,23 +202,23 @@ def sample_group(
     stop_ids[0] after their end, and their mask [N, T]: True up to and including the first stop token.
     """
     hidden, cache = prefill(model, prompt)
+    decoder = GroupDecoder(model, cache, prompt["attention_mask"], group_size, room=max_new_tokens - 1)
     hidden = hidden.repeat_interleave(group_size, dim=0)
-    cache.fork(group_size)
-    attention_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
     stop = torch.tensor(stop_ids, device=hidden.device)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
     completions, mask = [], []
     while True:
-        tokens = sample_tokens(model.lm_head(hidden), temperature, generator)
-        tokens = torch.where(finished, stop[0], tokens)
+        tokens = torch.where(finished, stop[0], sample_tokens(model.lm_head(hidden), temperature, generator))
         completions.append(tokens)
         mask.append(~finished)
         finished = finished | torch.isin(tokens, stop)
-        if len(completions) == max_new_tokens or finished.all():
-            return torch.stack(completions, dim=1), torch.stack(mask, dim=1)
-        attention_mask = F.pad(attention_mask, (0, 1), value=1)
-        hidden = decode(model, tokens[:, None], cache, attention_mask)[:, -1]
+        if len(completions) == max_new_tokens or len(completions) % ASK_EVERY == 0 and finished.all():
+            break
+        hidden = decoder.step(tokens)
+    completions, mask = torch.stack(completions, dim=1), torch.stack(mask, dim=1)
+    length = int(mask.any(dim=0).sum())  # up to where the last one finished
+    return completions[:, :length], mask[:, :length]
 
 
 def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -275,7 +258,7 @@ def completion_logprobs(
         prompt_hidden = layer(prompt_hidden, past_key_values=cache, **prompt_inputs)
         if hidden.shape[1] == 0:
             return prompt_hidden, hidden  # completions of a single token
-        cache.fork(group_size)
+        cache.group_size = group_size
         return prompt_hidden, layer(hidden, past_key_values=cache, **inputs)
 
     for layer in decoder.layers:
