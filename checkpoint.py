@@ -6,8 +6,10 @@ leaves under such a name is ignored, and removed when the run continues.
 
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,9 +17,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import InputError
-from runtime import on_rank_0, wait_for_all_ranks
+from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 
-RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume")  # and step_000100/, ...
+# What a run leaves in its folder, beside step_000100/, step_000200/, ...
+RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume")
 UNFINISHED = ".unfinished"
 # Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding.
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
@@ -26,11 +29,11 @@ FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "launchers"}
 # ---- starting and continuing a run ----
 
 
-def find_state(out: Path, config: dict, resume: bool, restarted: bool) -> Path | None:
-    """The folder of the newest complete state to go on from; None if there is none or a run is to start anew. No change.
+def find_state(out: Path, config: dict, resume: bool) -> Path | None:
+    """The folder of the newest complete state to go on from; None if there is none or a run is to start anew.
 
-    `resume` is the user's wish, `restarted` says that torchrun has started the processes again after one had died:
-    then the run in `out` is continued if it is the one that died. Raises InputError for settings that contradict it.
+    A run is continued if the user wishes to `resume` it, or if the torchrun that started these processes has started
+    its as well: then one of them had died. Changes nothing. Raises InputError for settings that contradict the run's.
     """
     states = step_folders(out / "resume")
     if not (states and (out / "config.json").exists()):
@@ -38,7 +41,7 @@ def find_state(out: Path, config: dict, resume: bool, restarted: bool) -> Path |
             print(f"{out}: no complete state to resume from; starting at step 1", flush=True)
         return None
     saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    if not resume and not (restarted and set(config["launchers"]) & set(saved["launchers"])):
+    if not resume and not set(config["launchers"]) & set(saved["launchers"]):
         return None
     # With another number of processes, their share of a step may be another too.
     free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved["world_size"] else set())
@@ -56,18 +59,33 @@ def find_state(out: Path, config: dict, resume: bool, restarted: bool) -> Path |
 
 
 def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
-    """Continue the run in `out` from find_state's `state`, or start one. Raises InputError if no save fits the disk."""
-    require_disk_space(out, policy)
-    if state:
-        _continue_run(out, config, state)
-    else:
-        _start_run(out, config)
+    """Continue the run in `out` from find_state's `state`, or start one. All ranks call this.
+
+    Raises SharedInputError if a save would not fit on the disk, or if the nodes do not share it.
+    """
+
+    def change_folder():
+        if state and step_folders(out / "resume")[-1:] != [state]:
+            raise InputError(f"{out}: another process has saved a state there meanwhile; end it, and start again")
+        for name in (*RUN_FILES, "step_*", "resume/step_*"):
+            for unfinished in out.glob(name + UNFINISHED):
+                remove(unfinished)
+        for earlier in step_folders(out / "resume")[:-1] if state else []:
+            remove(earlier)
+        require_disk_space(out, policy)
+        if state:
+            _continue_run(out, config, state)
+        else:
+            _start_run(out, config)
+
+    on_rank_0(change_folder)
+    if not all(gather((out / "config.json").exists())):
+        raise SharedInputError(f"{out}: not a folder that all nodes share, as --out has to be")
 
 
 def _start_run(out: Path, config: dict) -> None:
     """Make the run folder and write config.json. What an earlier run left there is moved to out/earlier_1, _2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(out)
     left = [out / name for name in RUN_FILES if (out / name).exists()] + step_folders(out)
     if left and left != [out / "config.json"]:
         number = 1
@@ -83,19 +101,13 @@ def _start_run(out: Path, config: dict) -> None:
 
 def _continue_run(out: Path, config: dict, state: Path) -> None:
     """Bring the run folder back to when `state` was saved."""
-    _remove_unfinished(out)
-    for earlier in step_folders(out / "resume")[:-1]:
-        remove(earlier)
+    for later in step_folders(out):
+        if _step(later) > _step(state):
+            remove(later)
     for name in ("metrics.jsonl", "completions.jsonl"):
         cut_jsonl(out / name, _step(state))
     _write(out / "config.json", json.dumps(config, indent=2) + "\n")
     print(f"{out}: resuming after step {_step(state)}", flush=True)
-
-
-def _remove_unfinished(out: Path) -> None:
-    for name in (*RUN_FILES, "step_*", "resume/step_*"):
-        for unfinished in out.glob(name + UNFINISHED):
-            remove(unfinished)
 
 
 # ---- a line at a time ----
@@ -153,18 +165,18 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     """
     folder = out / "resume" / f"step_{progress['step']:06d}"
     unfinished = on_rank_0(lambda: _begin(folder))
-    unfinished.mkdir(parents=True, exist_ok=True)  # where nodes do not share a disk, so that `finish` gets to say so
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     torch.save(rank_state, unfinished / f"rank_{dist.get_rank()}.pt")
     _sync(unfinished / f"rank_{dist.get_rank()}.pt")
     wait_for_all_ranks()
 
     def finish():
-        world_size = dist.get_world_size()
-        for rank in range(world_size):
-            if not (unfinished / f"rank_{rank}.pt").exists():
-                raise InputError(f"{out}: the file of rank {rank} is not here; --out must be a disk that all nodes share")
-        _write(unfinished / "progress.json", json.dumps(progress | {"world_size": world_size}, indent=2) + "\n")
+        exit_if_abandoned()
+        saved = progress | {"world_size": dist.get_world_size()}
+        _write(unfinished / "progress.json", json.dumps(saved, indent=2) + "\n")
+        for name in ("metrics.jsonl", "completions.jsonl"):  # what leads up to this state is not younger than it
+            if (out / name).exists():
+                _sync(out / name)
         _finish(folder)
         for earlier in step_folders(out / "resume")[:-1]:
             remove(earlier)
@@ -173,7 +185,7 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
 
 
 def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
-    """Restore weights, optimizer and random generator from save_state's folder. Returns progress. All ranks call this."""
+    """Restore weights, optimizer and random generator from save_state's folder. Returns progress. For all ranks."""
     try:
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
         ranks = [
@@ -184,8 +196,11 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
         optimizer.load_state(saved)
         if dist.get_rank() < len(ranks):  # of more processes than before, the new ones begin their own sequence
             generator.set_state(ranks[dist.get_rank()]["generator"])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {error})") from None
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {reason})") from None
+    wait_for_all_ranks()  # some may read a slower disk
+    optimizer.send_weights()
     return progress
 
 
@@ -203,6 +218,7 @@ def save_run(out: Path, progress: dict, policy, processor, optimizer, generator,
     def write_checkpoint():
         size = require_disk_space(out, policy, checkpoint)
         tqdm.write(f"step {step}: saving {'checkpoint and ' if checkpoint else ''}resume state, {size / 1e9:.2f} GB")
+        sys.stdout.flush()
         if checkpoint:
             save_checkpoint(out / f"step_{step:06d}", policy, processor)
             for folder in step_folders(out)[:-keep_last] if keep_last else []:
@@ -278,6 +294,7 @@ def _sync(path: Path) -> None:
 def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + UNFINISHED)
     unfinished.write_text(text, encoding="utf-8")
+    _sync(unfinished)
     unfinished.replace(path)
 
 

@@ -16,9 +16,11 @@ class GroupDecoder:
     copies of a prompt's keys and values, and read all of them for each token.
     """
 
-    def __init__(self, model, prompt_cache: list[tuple[Tensor, Tensor]], prompt_mask: Tensor, group_size: int, room: int):
-        """prompt_cache: keys and values of each layer, [B, key-value heads, P, D]; prompt_mask: [B, P], 0 for padding;
-        room: the most tokens that a completion will be given."""
+    def __init__(self, model, prompt_cache: list, prompt_mask: Tensor, group_size: int, room: int):
+        """
+        prompt_cache: keys and values of each layer, [B, key-value heads, P, D] each; prompt_mask: [B, P], 0 for
+        padding; room: the most tokens that a completion will be given.
+        """
         self.model, self.prompt_cache, self.group_size = model, prompt_cache, group_size
         self.padding = (prompt_mask == 0)[:, None, None, :]
         self.positions = prompt_mask.sum(dim=1).repeat_interleave(group_size)  # of the next token, [N]

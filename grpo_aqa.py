@@ -22,7 +22,6 @@ import copy
 import os
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +42,7 @@ from policy import (
     check_model,
     completion_logprobs,
     decode_text,
+    encode_ahead,
     encode_prompts,
     load_policy,
     pick_dtype,
@@ -187,40 +187,33 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:
         reference = copy.deepcopy(policy).requires_grad_(False)
-    checkpointing = args.gradient_checkpointing == "on" or args.gradient_checkpointing == "auto" and device.type == "cuda"
+    checkpointing = {"on": True, "off": False, "auto": device.type == "cuda"}[args.gradient_checkpointing]
     any_prompt = to_device(encode_prompts(processor, questions[:1], args.template), device)
     ddp_policy = data_parallel(policy, any_prompt, checkpointing)
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     generator = torch.Generator(device).manual_seed(args.seed * 100_003 + rank)  # each rank draws its own samples
     stop_ids = stop_token_ids(policy, processor)
-    on_rank_0(lambda: open_run(out, run.config, run.state, policy))
+    open_run(out, run.config, run.state, policy)
     if run.state:
         progress = load_state(run.state, optimizer, generator)
     else:
         before = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
         progress = {"step": 0, "position": 0, "before": before}  # position: questions used by all ranks
 
-    loader_processor = copy.deepcopy(processor)  # of its own: a tokenizer serves one thread at a time
-
-    def load_batch(position: int) -> tuple[list[Question], Prompt]:
-        indices = step_indices(len(questions), position, args.prompts_per_rank, rank, args.seed)
-        batch = [questions[i] for i in indices]
-        return batch, encode_prompts(loader_processor, batch, args.template)
-
-    loader = ThreadPoolExecutor(max_workers=1)  # decodes the next step's audio while this one is computed
-    upcoming = loader.submit(load_batch, progress["position"])
-
     preempted = catch_sigterm()
     steps = range(progress["step"] + 1, args.steps + 1)
+    batch_size = args.prompts_per_rank * world_size
+    positions = range(progress["position"], progress["position"] + len(steps) * batch_size, batch_size)
+    shares = (step_indices(len(questions), position, args.prompts_per_rank, rank, args.seed) for position in positions)
+    batches = encode_ahead(processor, ([questions[i] for i in share] for share in shares), args.template)
     bar = tqdm(steps, desc="GRPO", unit="step", initial=progress["step"], total=args.steps, disable=rank != 0)
     for step in bar:
         clock = Clock(device)
         lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
 
-        # 1. Questions: this rank's share of the step's batch, B of them. Here it only waits for what is not ready yet.
+        # 1. Questions: this rank's share of the step's batch, B of them, which have been prepared ahead.
         with clock("data"):
-            batch, prompt = upcoming.result()
-            upcoming = loader.submit(load_batch, progress["position"] + args.prompts_per_rank * world_size)
+            batch, prompt = next(batches)
             prompt = to_device(prompt, device)
 
         # 2. G completions of each.
@@ -260,7 +253,10 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
             with clock("train"):
                 updates.append(accumulate_gradients(ddp_policy, rollouts, args))
             with clock("update"):
-                grad_norm = optimizer.step(lr, args.max_grad_norm)  # clips the gradient first
+                try:
+                    grad_norm = optimizer.step(lr, args.max_grad_norm)  # clips the gradient first
+                except FloatingPointError as error:
+                    raise SharedInputError(f"step {step}: {error}; the weights are as before it") from None
 
         # 6. Metrics and completions.
         metrics = mean_over_ranks(
@@ -297,7 +293,7 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
                 log_completions(out / "completions.jsonl", step, batch, prompts, texts, rewards, advantages)
 
         # 7. Checkpoint and resume state; only the state if the job is about to be ended.
-        progress |= {"step": step, "position": progress["position"] + args.prompts_per_rank * world_size}
+        progress |= {"step": step, "position": progress["position"] + batch_size}
         due = step % args.save_every == 0 or step == args.steps
         if due or stopping:
             save_run(out, progress, policy, processor, optimizer, generator, due, args.keep_last)
@@ -307,7 +303,7 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
     bar.close()
     if progress["step"] < args.steps:
         if rank == 0:
-            print(f"\nSIGTERM: stopped after step {progress['step']}; --resume continues from there")
+            print(f"\nSIGTERM: stopped after step {progress['step']}; --resume continues from there", flush=True)
         return
     after = score_greedily(policy, processor, heldout, args.template, args.max_new_tokens)
     if rank == 0:
@@ -356,7 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("max_grad_norm", 1.0, "gradients are scaled down to this global norm")
     add("seed", 0, "of the order of questions and of sampling")
     add("dtype", "auto", "of the weights; auto is bfloat16 on a GPU, else float32", choices=("auto", *DTYPES))
-    add("gradient_checkpointing", "auto", "recompute layers to save memory; auto: on a GPU", choices=("auto", "on", "off"))
+    add("gradient_checkpointing", "auto", "recompute layers; auto: on a GPU", choices=("auto", "on", "off"))
     add("save_every", 100, "steps from one checkpoint and resume state to the next")
     add("keep_last", 0, "newest checkpoints to keep; 0 keeps all")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest state")
@@ -389,7 +385,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def prepare(args: argparse.Namespace, started_by: list[str], restarted: bool) -> Run:
+def prepare(args: argparse.Namespace, started_by: list[str]) -> Run:
     """Make the toy or check the user's inputs, and look for a state to resume from. Raises InputError."""
     if args.model == TOY_MODEL:
         toy.make_toy(Path(TOY_MODEL).parent)
@@ -404,15 +400,15 @@ def prepare(args: argparse.Namespace, started_by: list[str], restarted: bool) ->
         "world_size": dist.get_world_size(),
         "launchers": started_by,
     }
-    return Run(config, questions, heldout, find_state(Path(args.out), config, args.resume, restarted))
+    return Run(config, questions, heldout, find_state(Path(args.out), config, args.resume))
 
 
 def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
-    started_by, restarted = launchers()
+    started_by = launchers()
     try:
-        run = on_rank_0(lambda: prepare(args, started_by, restarted))
+        run = on_rank_0(lambda: prepare(args, started_by))
         train(args, run, rank, world_size, device)
     except InputError as error:
         shared = isinstance(error, SharedInputError)

@@ -1,5 +1,7 @@
 """AdamW with float32 master weights, its state sharded over the ranks (ZeRO stage 1, arXiv 1910.02054)."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -39,9 +41,12 @@ class ShardedAdamW:
     def step(self, lr: float, max_grad_norm: float) -> float:
         """Scale the gradients down to a global norm, update the weights, zero the gradients. Returns the norm before.
 
-        The gradients are those that DistributedDataParallel leaves, the same on all ranks.
+        The gradients are those that DistributedDataParallel leaves, the same on all ranks. Raises FloatingPointError,
+        on all of them and with nothing changed, if the norm is infinite or not a number.
         """
         grad_norm = global_norm([parameter.grad for parameter in self.parameters.values()])
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the norm of the gradient is {grad_norm}")
         scale = min(1.0, max_grad_norm / (grad_norm + 1e-6))
         for name, state in self.state.items():
             parameter, master = self.parameters[name], state["master"]
@@ -52,20 +57,21 @@ class ShardedAdamW:
                 lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, fused=True,
             )  # fmt: skip
             del grad
-        self._send_weights()
+        self.send_weights()
         for parameter in self.parameters.values():
             parameter.grad.zero_()  # not None: it stays a view into DistributedDataParallel's buckets
         return grad_norm
 
     @torch.no_grad()
     def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Continue from saved states by parameter name, those that this rank owns among them; restores all weights."""
+        """Take over saved states by parameter name, those that this rank owns among them. send_weights is to follow."""
         for name, own in self.state.items():
             for key, tensor in own.items():
                 tensor.copy_(state[name][key])
-        self._send_weights()
 
-    def _send_weights(self) -> None:
+    @torch.no_grad()
+    def send_weights(self) -> None:
+        """Set the weights of all ranks to the masters, rounded to the weights' dtype."""
         for name, state in self.state.items():
             self.parameters[name].copy_(state["master"])  # where the weight is its own master, nothing moves
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}

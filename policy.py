@@ -10,7 +10,11 @@ repeated G times, and only the completions run on them: in sampling, in the refe
 differentiable, in the training pass.
 """
 
+import copy
 import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -97,6 +101,25 @@ def encode_prompts(processor, questions: list[Question], template: str, silence:
         "input_features": prompt["input_features"][:, :, :frames],
         "feature_attention_mask": prompt["feature_attention_mask"][:, :frames],
     }
+
+
+def encode_ahead(
+    processor, batches: Iterator[list[Question]], template: str
+) -> Iterator[tuple[list[Question], Prompt]]:
+    """Each batch with its encode_prompts, which a thread computes while the caller is busy with the batch before."""
+    processor = copy.deepcopy(processor)  # of the thread's own: a tokenizer serves one at a time
+
+    def encode(batch):
+        return batch, encode_prompts(processor, batch, template)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending = deque()
+        for batch in batches:
+            pending.append(thread.submit(encode, batch))
+            if len(pending) == 2:
+                yield pending.popleft().result()
+        if pending:
+            yield pending.pop().result()
 
 
 def slice_prompt(prompt: Prompt, start: int, stop: int) -> Prompt:

@@ -10,6 +10,7 @@ import time
 import uuid
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -111,17 +112,25 @@ class SharedInputError(InputError):
     """An InputError that all ranks raise together."""
 
 
-def launchers() -> tuple[list[str], bool]:
-    """The torchrun processes that started the ranks, as "host:pid", and whether they did so after a rank had died."""
-    mine = f"{socket.gethostname()}:{os.getppid()}", os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine, group=_patient_group)
-    names, restarted = zip(*everyones)
-    return sorted(set(names)), any(restarted)
+def gather(value) -> list:
+    """The values of all ranks, by rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=_patient_group)
+    return values
+
+
+def launchers() -> list[str]:
+    """The torchruns that started the ranks; empty without torchrun. The same after torchrun started them again."""
+    mine = None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        mine = f"{socket.gethostname()}:{_launcher}"
+        stat = Path(f"/proc/{_launcher}/stat")  # of Linux; its field 22 is the start time: a container's ids repeat
+        mine += f":{stat.read_text().rpartition(')')[2].split()[19]}" if stat.exists() else ""
+    return sorted({name for name in gather(mine) if name})
 
 
 def exit_if_abandoned() -> None:
-    """End this process if torchrun was killed in a way that spared it, before it writes where a resumed run may write."""
+    """End this process if torchrun was killed and it was not, before it writes where a resumed run may be writing."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != _launcher:
         print("torchrun is gone: exiting", file=sys.stderr, flush=True)
         os._exit(1)
@@ -146,7 +155,8 @@ class CompletionLogprobs(nn.Module):
 
 
 def data_parallel(model, prompt: Prompt, checkpointing: bool) -> DistributedDataParallel:
-    """The policy's completion_logprobs, its gradients averaged over the ranks; their memory is the buckets they travel in.
+    """The policy's completion_logprobs, with gradients that are averaged over the ranks and stored in the buckets they
+    travel in.
 
     Two backward passes over `prompt`, any single one, bring DistributedDataParallel to the state it keeps: the first
     shows it the order of the gradients, by which it lays out its buckets anew, and the second makes the gradients

@@ -16,6 +16,7 @@ from test_resume import (
     Start,
     assert_same_run,
     assert_same_weights,
+    family,
     finish,
     metrics,
     names,
@@ -70,6 +71,20 @@ def test_dead_workers_are_replaced(folder):
             start.wait_until(lambda: start.printed().count("resuming after step") == rank + 1)
         start.finish()
     assert_same_run(folder / "restarted", folder / "reference")
+
+
+def test_workers_do_not_outlive_torchrun(folder):
+    """They notice at their next step, and leave the folder to whoever resumes the run."""
+    with Start(folder, "abandoned", steps=10_000, save_every=10_000) as start:
+        start.wait_until(lambda: start.new_steps() >= 2)
+        workers = start.workers()
+        os.kill(start.process.pid, signal.SIGKILL)
+        start.process.wait()
+        deadline = time.monotonic() + 60
+        while any(family(worker) for worker in workers) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(family(worker) for worker in workers)
+        assert "torchrun is gone" in start.errors()
 
 
 # ---- several nodes ----

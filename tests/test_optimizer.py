@@ -61,6 +61,17 @@ def test_gradients_are_clipped_to_a_global_norm_in_float32():
     assert kept.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing(bad):
+    parameter = start(torch.bfloat16)
+    before, optimizer = parameter.detach().clone(), ShardedAdamW({"weight": parameter})
+    parameter.grad = gradients()[0].bfloat16()
+    parameter.grad[3] = bad
+    with pytest.raises(FloatingPointError, match="norm of the gradient"):
+        optimizer.step(LR, max_grad_norm=1.0)
+    assert torch.equal(parameter, before) and optimizer.state["weight"]["exp_avg"].abs().sum() == 0
+
+
 def test_a_norm_below_the_limit_changes_nothing():
     parameter = start(torch.float32)
     optimizer = ShardedAdamW({"weight": parameter})
@@ -88,6 +99,7 @@ def test_state_continues_where_it_was():
     for step, gradient in enumerate(gradients()):
         if step == STEPS // 2:
             second.load_state(first.state)
+            second.send_weights()
             assert torch.equal(other, parameter) and second.state["weight"]["master"].dtype == torch.float32
         current, optimizer = (parameter, first) if step < STEPS // 2 else (other, second)
         current.grad = gradient.bfloat16()

@@ -91,6 +91,19 @@ def random_completions(model, lengths, audio_word=False):
     return completions, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
+def test_batches_encoded_ahead_are_those_encoded_on_the_spot(tiny, questions):
+    """In order, none left out; what cannot be read raises where it is due, not before."""
+    processor, shares = tiny[1], [questions[:2], questions[1:3], questions[3:]]
+    for share, (batch, prompt) in zip(shares, policy.encode_ahead(processor, iter(shares), "answer"), strict=True):
+        assert batch == share
+        assert_close(prompt, encode_prompts(processor, share, "answer"), rtol=0, atol=0)
+    missing = [Question("x", "no.wav", "What?", ["a", "b"], "a")]
+    ahead = policy.encode_ahead(processor, iter([questions[:1], missing]), "answer")
+    assert next(ahead)[0] == questions[:1]
+    with pytest.raises(InputError, match="no.wav"):
+        next(ahead)
+
+
 # ---- log-probs ----
 
 

@@ -205,8 +205,8 @@ def uninterrupted(folder):
                         "answer": ["rain", "a bell"][i % 2]})  # fmt: skip
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     # Tiny and nearly random, yet so that some completions earn a reward and others none: else nothing would be learned.
-    make = f"import toy, data, pathlib; questions = data.load_questions('questions.jsonl'); " \
-           f"toy.make_base(questions, pathlib.Path('base'), steps=30, random_answers=1.0, seed=0)"  # fmt: skip
+    make = "import toy, data, pathlib; questions = data.load_questions('questions.jsonl'); " \
+           "toy.make_base(questions, pathlib.Path('base'), steps=30, random_answers=1.0, seed=0)"  # fmt: skip
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", make], cwd=folder, env=environment, check=True, capture_output=True)
     finish(folder, "reference")
@@ -567,12 +567,12 @@ def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, tiny, monke
     assert (folder / "model.safetensors").exists() and not (folder / "of_the_earlier_one").exists()
 
 
-def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(tmp_path, tiny, capsys):
+def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(one_process, tmp_path, tiny, capsys):
     """A run that was killed before its first save has metrics and no state; so has one whose move was interrupted."""
     out, config = tmp_path / "run", {"lr": 1.0, "world_size": 1, "launchers": []}
 
     def start(config):
-        state = find_state(out, config, resume=True, restarted=False)
+        state = find_state(out, config, resume=True)
         open_run(out, config, state, tiny[0])
         return state
 
@@ -587,3 +587,41 @@ def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(tmp_path, t
     (out / "config.json").unlink()
     assert start(config) is None
     assert (out / "earlier_2" / "resume" / "step_000002").exists()
+
+
+@pytest.fixture
+def saved(one_process, tmp_path):
+    """(folder, config, state) of a run saved after step 2, with a checkpoint of step 4 whose state was not finished."""
+    config = {"lr": 1.0, "world_size": 1, "launchers": ["node:1:2"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for name in ("resume/step_000001", "resume/step_000002", "resume/step_000004.unfinished", "step_000004"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
+    return tmp_path, config, find_state(tmp_path, config, resume=True)
+
+
+def test_remains_of_a_save_make_room_before_the_disk_is_checked(saved, tiny, monkeypatch):
+    """Else a killed save could fill a disk that has room for two states, and no --resume would start."""
+    out, config, state = saved
+
+    def disk_usage(path):
+        return SimpleNamespace(free=10**12 if os.listdir(out / "resume") == ["step_000002"] else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    open_run(out, config, state, tiny[0])
+    assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will come again
+
+
+def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
+    out, config, state = saved
+    (out / "resume" / "step_000004.unfinished").rename(out / "resume" / "step_000004")
+    with pytest.raises(InputError, match="another process"):
+        open_run(out, config, state, tiny[0])
+    assert len(lines(out / "metrics.jsonl")) == 4 and names(out / "resume")[-1] == "step_000004"
+
+
+def test_only_the_same_torchrun_continues_unasked(saved):
+    out, config, state = saved
+    assert find_state(out, config | {"launchers": ["other:1:2", "node:1:2"]}, resume=False) == state
+    assert find_state(out, config | {"launchers": ["node:1:3"]}, resume=False) is None
+    assert find_state(out, config | {"launchers": []}, resume=False) is None  # without torchrun
