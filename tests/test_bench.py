@@ -1,15 +1,21 @@
-"""bench.py's count against what torch really allocates, and its measurement, on a tiny model."""
+"""bench_memory.py's count against what torch really allocates, and its measurement, on a tiny model."""
 
 import json
 from argparse import Namespace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
+import bench_memory
+import bench_models
 import optimizer
 import toy
+from bench_memory import count, measure
+from bench_models import GB, NO_STOP, build_model, make_prompt, trainable
+from bench_speed import allocated
+from data import InputError
 from policy import LOGITS_CHUNK, completion_logprobs, sample_group
 
 CPU = torch.device("cpu")
@@ -27,18 +33,6 @@ def settings(**changed) -> Namespace:
     """1 s of clips of up to 2 s: they are padded by two frames and masked, as in a batch of different lengths."""
     names = "--memory --gpus 2 --clip_seconds 1 --max_new_tokens 20 --group_size 4 --accumulation_steps 1".split()
     return bench.parse_args([*names, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))])
-
-
-def allocated(function) -> tuple[int, int]:
-    """Bytes that a call allocates at its peak, and that are left of it while its result is held."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        held = function()  # noqa: F841
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, now
 
 
 def saved_bytes(model, function) -> int:
@@ -60,11 +54,11 @@ def saved_bytes(model, function) -> int:
 @pytest.mark.parametrize("tokens", [1, 200])  # 200 tokens of 8 completions are more than one chunk of logits
 def test_count_is_what_training_allocates(config, checkpointing, tokens):
     args = settings(max_new_tokens=tokens, gradient_checkpointing=checkpointing)
-    counted = bench.count(config, torch.float32, args)
-    model = bench.build_model(config, torch.float32, CPU)
-    for parameter in bench.trainable(model).values():
+    counted = count(config, torch.float32, args)
+    model = build_model(config, torch.float32, CPU)
+    for parameter in trainable(model).values():
         parameter.grad = torch.zeros_like(parameter)
-    prompt, completions = bench.make_prompt(model, 2, args.clip_seconds), torch.zeros(8, tokens, dtype=torch.long)
+    prompt, completions = make_prompt(model, 2, args.clip_seconds), torch.zeros(8, tokens, dtype=torch.long)
     mask = torch.ones_like(completions, dtype=torch.bool)
     assert (mask.sum() > 2 * LOGITS_CHUNK) == (tokens == 200)
 
@@ -73,19 +67,19 @@ def test_count_is_what_training_allocates(config, checkpointing, tokens):
 
     peak, _ = allocated(lambda: forward()[0].sum().backward())
     _, left = allocated(forward)
-    assert counted["train"] * bench.GB == pytest.approx(peak, rel=0.005)
-    assert counted["saved"] * bench.GB == pytest.approx(left, rel=0.01)
+    assert counted["train"] * GB == pytest.approx(peak, rel=0.005)
+    assert counted["saved"] * GB == pytest.approx(left, rel=0.01)
     if checkpointing == "off":  # checkpoint itself holds what it recomputes from, so autograd sees less of it
-        assert counted["saved"] * bench.GB == pytest.approx(saved_bytes(model, forward), rel=0.01)
+        assert counted["saved"] * GB == pytest.approx(saved_bytes(model, forward), rel=0.01)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 40])
 def test_count_is_what_sampling_allocates(config, tokens):
-    counted = bench.count(config, torch.float32, settings(max_new_tokens=tokens))
-    model = bench.build_model(config, torch.float32, CPU)
-    prompt = bench.make_prompt(model, 2, clip_seconds=1.0)
-    peak, _ = allocated(lambda: sample_group(model, prompt, 4, tokens, 1.0, bench.NO_STOP))
-    assert counted["sample"] * bench.GB == pytest.approx(peak, rel=0.005)
+    counted = count(config, torch.float32, settings(max_new_tokens=tokens))
+    model = build_model(config, torch.float32, CPU)
+    prompt = make_prompt(model, 2, clip_seconds=1.0)
+    peak, _ = allocated(lambda: sample_group(model, prompt, 4, tokens, 1.0, NO_STOP))
+    assert counted["sample"] * GB == pytest.approx(peak, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +89,8 @@ def test_count_is_what_a_run_allocates(config, gpus, beta, dtype, checkpointing)
     """Two real steps, DistributedDataParallel and ShardedAdamW included; without a GPU, measure returns only times."""
     args = settings(gpus=gpus, beta=beta, gradient_checkpointing=checkpointing, max_new_tokens=100)
     measured = {}
-    peak, _ = allocated(lambda: measured.update(bench.measure(config, dtype, args, CPU)))
-    assert bench.count(config, dtype, args)["peak"] * bench.GB == pytest.approx(peak, rel=0.005)
+    peak, _ = allocated(lambda: measured.update(measure(config, dtype, args, CPU)))
+    assert count(config, dtype, args)["peak"] * GB == pytest.approx(peak, rel=0.005)
     assert measured["peak_gb"] is None and measured["reserved_gb"] is None
     assert list(measured["seconds"]) == ["setup", "sample", "reference", "train", "update"]
     assert min(measured["seconds"].values()) > 0
@@ -106,9 +100,9 @@ def test_memory_that_runs_out_is_one_line(config, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(bench, "accumulate_gradients", full)
-    with pytest.raises(bench.InputError, match="phase train ran out"):
-        bench.measure(config, torch.float32, settings(), CPU)
+    monkeypatch.setattr(bench_models, "accumulate_gradients", full)
+    with pytest.raises(InputError, match="phase train ran out"):
+        measure(config, torch.float32, settings(), CPU)
     assert not torch.distributed.is_initialized()
 
 
@@ -118,25 +112,25 @@ def test_the_real_shape(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["bench.py", "--memory", "--max_new_tokens", "16", "--out", f"{tmp_path}/x/m.json"])
     bench.main()
     counted = json.loads((tmp_path / "x" / "m.json").read_text())["counted_gb"]
-    assert f"{counted['peak']:.2f}" in capsys.readouterr().out and counted.keys() == bench.PARTS.keys()
+    assert f"{counted['peak']:.2f}" in capsys.readouterr().out and counted.keys() == bench_memory.PARTS.keys()
     assert counted["weights"] == counted["reference"] == pytest.approx(2 * 8.397, abs=0.001)
     assert counted["optimizer"] == pytest.approx(12 * 8.395 / 8, rel=0.001)
     fixed = counted["weights"] + counted["gradients"] + counted["reference"] + counted["optimizer"]
     assert counted["peak"] == pytest.approx(fixed + max(counted["sample"], counted["train"], counted["update"]))
 
-    with bench.FakeTensorMode():
-        model = bench.build_model(bench.qwen2_audio_7b(), torch.bfloat16, CPU)
-    sizes = {name: parameter.numel() for name, parameter in bench.trainable(model).items()}
+    with FakeTensorMode():
+        model = build_model(bench_models.qwen2_audio_7b(), torch.bfloat16, CPU)
+    sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
     owners = optimizer.assign_owners(sizes, 8)
     shares = [12 * sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in range(8)]
-    assert max(shares) / bench.GB == pytest.approx(counted["optimizer"], rel=0.001)
+    assert max(shares) / GB == pytest.approx(counted["optimizer"], rel=0.001)
     assert owners[max(sizes, key=sizes.get)] == 0  # rank 0's update has the largest temporary
 
 
 def test_table(monkeypatch):
     peaks = {1: 155.9, 4: 78.5, 8: 62.0}
-    monkeypatch.setattr(bench, "count", lambda config, dtype, args: {"peak": peaks[args.gpus], "reference": 16.8})
-    header, _, *rows = bench.memory_table(settings()).splitlines()[3:]
+    monkeypatch.setattr(bench_memory, "count", lambda *args: {"peak": peaks[args[2].gpus], "reference": 16.8})
+    header, _, *rows = bench_memory.memory_table(settings()).splitlines()[3:]
     assert header == "| beta | GPUs | peak per GPU | 24 GB card | 48 GB card | 80 GB card | |"
     assert rows[1] == "| 0.04 | 4 | 78.5 GB | does not fit | does not fit | does not fit | computed |"  # 2 GB are left
     assert rows[2] == "| 0.04 | 8 | 62.0 GB | does not fit | does not fit | fits | computed |"
