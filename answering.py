@@ -17,8 +17,9 @@ from tqdm import tqdm
 from data import Question, audio_seconds, build_prompt
 from decoding import GroupDecoder
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
-from reward import format_reward, guessing, mmau_match, prediction
+from reward import format_reward, guessing, prediction
 from runtime import exit_if_abandoned, gather, on_rank_0
+from scores import is_right
 
 TOKENS_PER_SECOND = 25  # of audio
 
@@ -54,7 +55,7 @@ def answer_questions(
     mine = ([questions[i] for i in batches[number]] for number in todo[rank::ranks])
     prompts = encode_ahead(processor, mine, template, silence)
     stop_ids = stop_token_ids(model, processor)
-    decoder = GroupDecoder(model, samples, max_new_tokens, cuda_graph and model.device.type == "cuda")
+    decoder = GroupDecoder(model, samples, max_new_tokens, cuda_graph)
 
     missing = sum(len(batches[number]) for number in todo)
     progress = tqdm(
@@ -106,7 +107,7 @@ def score_greedily(
         return None
     answers = answer_questions(model, processor, questions, template, max_new_tokens, 32, cuda_graph=cuda_graph)
     pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
-    correct = sum(mmau_match(q.answer, prediction(completion), q.choices) for q, completion in pairs)
+    correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
     well_formed = sum(format_reward(completion, template) for _, completion in pairs)
     return correct / len(pairs), well_formed / len(pairs)
 

@@ -13,9 +13,9 @@ from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from answering import answer_questions
 from bench_models import build_model, save_results
-from bench_speed import hardware, start_result
-from data import SAMPLE_RATE, Question, build_prompt, load_audio
-from policy import to_device
+from bench_speed import hardware, pad_clips, start_result
+from data import SAMPLE_RATE, Question
+from policy import decode_text, encode_prompts, to_device
 from toy import make_tokenizer
 
 PLAIN_BATCH = 32
@@ -37,23 +37,14 @@ def plain_answers(model, processor, questions: list[Question], template: str, ma
     """The texts of answer_questions, greedily, as usual evaluation scripts make them."""
     answers = []
     for start in range(0, len(questions), PLAIN_BATCH):
-        texts, batch = [], questions[start : start + PLAIN_BATCH]
-        for question in batch:
-            content = [{"type": "audio", "audio_url": question.audio}]
-            content += [{"type": "text", "text": build_prompt(question, template)}]
-            messages = [{"role": "user", "content": content}]
-            texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        clips = [load_audio(question.audio) for question in batch]
-        prompt = processor(text=texts, audio=clips, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding=True)
-        prompt = to_device(prompt, model.device)
+        prompt = encode_prompts(processor, questions[start : start + PLAIN_BATCH], template)
+        prompt = to_device(pad_clips(model, prompt), model.device)
         tokens = model.generate(
             **prompt, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=processor.tokenizer.eos_token_id,
             pad_token_id=processor.tokenizer.pad_token_id,
         )  # fmt: skip
         completions = tokens[:, prompt["input_ids"].shape[1] :]
-        answers += processor.tokenizer.batch_decode(
-            completions, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        answers += decode_text(processor, completions, torch.ones_like(completions, dtype=torch.bool))
     return answers
 
 

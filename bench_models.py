@@ -146,14 +146,9 @@ def sample(rank: Rank, prompt: Prompt, args: argparse.Namespace) -> Tensor:
     sizes = args.group_size, args.max_new_tokens
     if rank.decoder is None or sizes != (rank.decoder.group_size, rank.decoder.room):
         rank.decoder = None  # its memory goes first
-        rank.decoder = make_decoder(rank.policy, args)
+        rank.decoder = GroupDecoder(rank.policy, *sizes, args.cuda_graph == "on")
     temperature = rank.settings.temperature
     return sample_group(rank.policy, prompt, *sizes, temperature, NO_STOP, rank.generator, rank.decoder)[0]
-
-
-def make_decoder(model, args: argparse.Namespace) -> GroupDecoder:
-    cuda_graph = args.cuda_graph == "on" and model.device.type == "cuda"
-    return GroupDecoder(model, args.group_size, args.max_new_tokens, cuda_graph)
 
 
 def learn(rank: Rank, prompt: Prompt, completions: Tensor, advantages: Tensor, args, phase) -> float:
@@ -173,7 +168,7 @@ def passes(prompt: Prompt, args: argparse.Namespace) -> list[tuple[Prompt, slice
     """The prompts of each of args.accumulation_steps forward and backward passes, and the rows of their completions."""
     prompts, group_size = len(prompt["input_ids"]), args.group_size
     size, parts = prompts // args.accumulation_steps, []
-    for i in range(0, prompts, size):
+    for i in range(0, prompts, size):  # not slice_prompt: the plain way's 30 s of frames are to stay
         part = {name: tensor[i : i + size] for name, tensor in prompt.items()}
         parts.append((part, slice(i * group_size, (i + size) * group_size)))
     return parts

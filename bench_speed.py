@@ -29,7 +29,6 @@ from bench_models import (
     build_model,
     lone_rank,
     machine_name,
-    make_decoder,
     make_prompt,
     make_rank,
     passes,
@@ -39,6 +38,7 @@ from bench_models import (
     take_step,
     versions,
 )
+from decoding import GroupDecoder
 from grpo_aqa import grpo_loss
 from policy import Prompt, completion_logprobs, sample_group
 from runtime import Clock
@@ -302,7 +302,8 @@ def bench_sample(args: argparse.Namespace) -> None:
 
 def time_sampling(model, clip_seconds: float, args: argparse.Namespace) -> dict:
     """Seconds of sampling one token (the prefill), a few, and all of them, by round; and the bytes of a decode step."""
-    prompt, decoder = make_prompt(model, args.prompts_per_rank, clip_seconds), make_decoder(model, args)
+    prompt = make_prompt(model, args.prompts_per_rank, clip_seconds)
+    decoder = GroupDecoder(model, args.group_size, args.max_new_tokens, args.cuda_graph == "on")
     lengths, rounds = (1, shorter(args), args.max_new_tokens), []
     for _ in range(args.rounds + 1):
         calls = [partial(sample_group, model, prompt, args.group_size, n, 1.0, NO_STOP, None, decoder) for n in lengths]

@@ -94,16 +94,22 @@ def read_records(path: str) -> list[tuple[str, dict]]:
     return records
 
 
-def load_questions(path: str, audio_dir: str | None = None, require_audio: bool = True) -> list[Question]:
-    """Read a question file of any known format.
+def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
+    """Read a question file of any known format. Raises InputError.
 
-    Relative audio paths are relative to `audio_dir`, or else to the question file's folder. Raises InputError for
-    the first malformed record and, with `require_audio`, for missing audio files with their count once all records
-    have been read.
+    Relative audio paths are relative to `audio_dir`, or else to the question file's folder.
     """
-    folder = audio_dir or os.path.dirname(path)
+    return parse_records(read_records(path), audio_dir or os.path.dirname(path))
+
+
+def parse_records(placed: list[tuple[str, dict]], folder: str, require_audio: bool = True) -> list[Question]:
+    """The questions of read_records' records, with audio paths that are relative to `folder`.
+
+    Raises InputError for the first malformed record and, with `require_audio`, for missing audio files with their
+    count once all records have been looked at.
+    """
     questions, missing, odd = [], [], []
-    for place, record in read_records(path):
+    for place, record in placed:
         question = parse_record(record, place, folder)
         if require_audio and not os.path.isfile(question.audio):
             missing.append(f"{place}: no audio file {question.audio}")

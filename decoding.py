@@ -21,12 +21,13 @@ class GroupDecoder:
     copies of a prompt's keys and values, and read all of them for each token.
 
     What changes from token to token stands in tensors that stay where they are. With `cuda_graph`, the kernels of a
-    step are therefore recorded once for each number of slots, and then replayed, for this rollout and the next ones:
-    launching a thousand kernels from Python for each token would take longer than running them.
+    step are therefore recorded on a GPU, once for each number of slots, and then replayed, for this rollout and the
+    next ones: launching a thousand kernels from Python for each token would take longer than running them.
     """
 
     def __init__(self, model, group_size: int, max_new_tokens: int, cuda_graph: bool = False):
-        self.model, self.group_size, self.room, self.cuda_graph = model, group_size, max_new_tokens, cuda_graph
+        self.model, self.group_size, self.room = model, group_size, max_new_tokens
+        self.cuda_graph = cuda_graph and model.device.type == "cuda"
         self.is_prompt = torch.empty(0, 0)  # [B, slots], False for padding; the memory below is for so many
 
     def start(self, cache: list[tuple[Tensor, Tensor]], prompt_mask: Tensor) -> None:

@@ -23,9 +23,9 @@ import transformers
 from ablations import change, kinds, remark
 from answering import answer_questions
 from checkpoint import step_folders
-from data import TEMPLATES, InputError, Question, load_questions, read_records, check_clips
+from data import TEMPLATES, InputError, Question, check_clips, parse_records, read_records
 from eval_report import run_report, write_html
-from policy import DTYPES, check_model, load_policy, pick_dtype
+from policy import DTYPES, check_model, pick_dtype
 from predictions import (
     check_writable,
     identify_checkpoint,
@@ -35,9 +35,9 @@ from predictions import (
     with_answers,
     write_predictions,
 )
-from reward import guessing, mmau_match, prediction
-from runtime import SharedInputError, gather, on_rank_0, setup_distributed, wait_for_all_ranks
-from scores import ablation_table, accuracy_table, compare, percent, samples_table
+from reward import guessing, prediction
+from runtime import SharedInputError, finish_together, gather, load_on_all_ranks, on_rank_0, setup_distributed
+from scores import ablation_table, accuracy_table, compare, is_right, percent, samples_table
 
 MMAU = "data/MMAU/mmau-test-mini.json"
 SHOWN = 20  # questions whose prediction depends on the batch, by name
@@ -139,9 +139,10 @@ def default_data(ckpt: str) -> str:
 
 def find_checkpoints(ckpt: str) -> list[str]:
     """The checkpoints of a run folder by step, or `ckpt` itself. Raises InputError. Loads no weights."""
-    if os.path.exists(os.path.join(ckpt, "metrics.jsonl")) and not step_folders(Path(ckpt)):
+    checkpoints = [str(folder) for folder in step_folders(Path(ckpt))]
+    if os.path.exists(os.path.join(ckpt, "metrics.jsonl")) and not checkpoints:
         raise InputError(f"{ckpt}: this run has no complete checkpoint yet")
-    checkpoints = [str(folder) for folder in step_folders(Path(ckpt))] or [ckpt]
+    checkpoints = checkpoints or [ckpt]
     for checkpoint in checkpoints:
         check_model(checkpoint)
     return checkpoints
@@ -154,8 +155,10 @@ def read_data(args: argparse.Namespace) -> tuple[list[str], list[dict], list[Que
             f"{MMAU} is missing: download it from github.com/Sakshi113/MMAU with the test-mini audios that its README "
             "links, and unpack these to data/MMAU/test-mini-audios/; or name another file with --data"
         )
-    places, records = zip(*read_records(args.data)[: args.limit])
-    return list(places), list(records), load_questions(args.data, args.audio_dir, require_audio=False)[: args.limit]
+    placed = read_records(args.data)
+    questions = parse_records(placed, args.audio_dir or os.path.dirname(args.data), require_audio=False)
+    places, records = zip(*placed[: args.limit])
+    return list(places), list(records), questions[: args.limit]
 
 
 def read_clips(
@@ -215,7 +218,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     names = ("template", "max_new_tokens", "batch_size", "samples", "temperature", "seed")
     common = {name: getattr(args, name) for name in names} | {"dtype": str(dtype), "device": device.type}
     common |= {"questions": identify_questions(records, digests), "unreadable": list(errors)}
-    common |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    common |= {"torch": str(torch.__version__), "transformers": transformers.__version__}
     outs = [predictions_path(args, checkpoint, kind) for checkpoint in checkpoints for kind in kinds(args).values()]
     on_rank_0(lambda: check_writable(outs + [args.html] * bool(args.html)))
     results, broken = {}, []  # (checkpoint, kind) -> predictions file; why a checkpoint of a run has none
@@ -253,19 +256,6 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         raise SharedInputError(f"{len(broken)} of {len(checkpoints)} checkpoints not evaluated: {'; '.join(broken)}")
 
 
-def load_on_all_ranks(checkpoint: str, dtype: torch.dtype, device: torch.device):
-    """load_policy on every rank, however much slower some node is. Raises SharedInputError if it fails on any."""
-    loaded = failure = None
-    try:
-        loaded = load_policy(checkpoint, dtype, device)
-    except InputError as error:
-        failure = str(error)
-    failures = [reason for reason in gather(failure) if reason]
-    if failures:
-        raise SharedInputError(failures[0])
-    return loaded
-
-
 def check_batching(args, model, processor, questions: list[Question], options: dict) -> None:
     """Answer a sample in batches and one by one, and print how many predictions differ."""
     chosen = np.random.default_rng(args.seed).permutation(len(questions))[: args.check_batching]
@@ -296,7 +286,7 @@ def report(args: argparse.Namespace, questions: list[Question], results: dict[tu
     asked = [questions[i] for i in scored]
 
     def right(said):
-        return [mmau_match(questions[i].answer, said(i), questions[i].choices) for i in scored]
+        return [is_right(questions[i], said(i)) for i in scored]
 
     correct = {name: right(lambda i: records[i]["model_prediction"]) for name, records in predicted.items()}
     if scored and args.ablations:
@@ -319,7 +309,6 @@ def report(args: argparse.Namespace, questions: list[Question], results: dict[tu
     for out in [] if args.ablations else results.values():
         print(f"predictions: {out}")
     if args.html:
-        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
         records, shown = predicted["plain"], list(questions)
         heard = [i for i, record in enumerate(records) if "error" not in record]
         for i, question in zip(heard, change([questions[i] for i in heard], kinds(args)["plain"], args.seed)):
@@ -337,24 +326,20 @@ def main() -> int:
         except InputError as error:
             print(f"eval_mmau.py: error: {error}", file=sys.stderr)
             return 1
-    rank, _, device = setup_distributed()
+    _, _, device = setup_distributed()
+
+    def work():
+        try:
+            evaluate(args, device)
+        except torch.OutOfMemoryError:
+            raise InputError("the GPU's memory is too small: use a smaller --batch_size or fewer --samples") from None
+        except OSError as error:
+            raise InputError(str(error)) from None
+
     try:
-        evaluate(args, device)
+        return finish_together("eval_mmau.py", work)
     except KeyboardInterrupt:
         sys.exit("eval_mmau.py: interrupted; the same command continues from what is answered")
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        shared = isinstance(error, SharedInputError)
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "the GPU's memory is too small: use a smaller --batch_size or fewer --samples"
-        if rank == 0 or not shared:
-            print(f"eval_mmau.py: error: {error}", file=sys.stderr, flush=True)
-        if not shared:  # this rank alone: the others may wait for it in a collective, and torchrun ends them
-            os._exit(1)
-        dist.destroy_process_group()
-        return 1
-    wait_for_all_ranks()
-    dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from checkpoint import UNFINISHED, write_text
 from data import InputError, Question
 from reward import guessing
 from scores import (
-    FIELDS, Score, accuracy_by, accuracy_rows, align, in_order, is_right, mcnemar_exact, p_text, percent,
-    read_predictions, require_same_questions, score_cells, wilson_interval,
+    FIELDS, Score, accuracy_by, accuracy_rows, align, discordant, in_order, is_right, mcnemar_exact, p_text,
+    percent, read_predictions, require_same_questions, score_cells, wilson_interval,
 )  # fmt: skip
 
 TASKS = ("sound", "music", "speech")  # MMAU's, a column each whether or not the questions have them
@@ -77,8 +77,7 @@ def _best(correct: dict[int, list[bool]]) -> list[str]:
     ps = {}
     for step in correct:
         if step != best:
-            pairs = list(zip(rights, correct[step]))
-            ps[step] = mcnemar_exact(pairs.count((True, False)), pairs.count((False, True)))
+            ps[step] = mcnemar_exact(*discordant(rights, correct[step]))
     close = [f"{_name(step)} (p = {p_text(p)})" for step, p in ps.items() if p >= 0.05]
     if close:
         lines.append(

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import toy
 from answering import heldout_table, score_greedily
 from checkpoint import append_jsonl, find_state, load_state, log_completions, open_run, save_run
-from data import TEMPLATES, InputError, Question, build_prompt, check_answers, digest, load_questions, step_indices
+from data import TEMPLATES, Question, build_prompt, check_answers, digest, load_questions, step_indices
 from decoding import GroupDecoder
 from optimizer import ShardedAdamW
 from policy import (
@@ -46,7 +46,6 @@ from policy import (
     decode_text,
     encode_ahead,
     encode_prompts,
-    load_policy,
     pick_dtype,
     sample_group,
     slice_prompt,
@@ -60,12 +59,13 @@ from runtime import (
     catch_sigterm,
     data_parallel,
     exit_if_abandoned,
+    finish_together,
     launchers,
+    load_on_all_ranks,
     mean_over_ranks,
     on_rank_0,
     peak_memory_gb,
     setup_distributed,
-    wait_for_all_ranks,
 )
 
 # ---- the algorithm ----
@@ -182,8 +182,7 @@ class Run:
 def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device: torch.device) -> None:
     """The whole run: load, score, loop over steps, save, score again."""
     out, questions, heldout = Path(args.out), run.questions, run.heldout
-    policy, processor = load_policy(args.model, pick_dtype(args.dtype, device), device)
-    wait_for_all_ranks()  # some node may be slower to download or read the weights
+    policy, processor = load_on_all_ranks(args.model, pick_dtype(args.dtype, device), device)
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:
         reference = copy.deepcopy(policy).requires_grad_(False)
@@ -193,7 +192,7 @@ def train(args: argparse.Namespace, run: Run, rank: int, world_size: int, device
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     generator = torch.Generator(device).manual_seed(args.seed * 100_003 + rank)  # each rank draws its own samples
     stop_ids = stop_token_ids(policy, processor)
-    cuda_graph = args.cuda_graph == "on" and device.type == "cuda"
+    cuda_graph = args.cuda_graph == "on"
     decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, cuda_graph)
     open_run(out, run.config, run.state, policy)
     if run.state:
@@ -409,20 +408,12 @@ def main() -> int:
     args = parse_args()
     rank, world_size, device = setup_distributed()
     started_by = launchers()
-    try:
+
+    def work():
         run = on_rank_0(lambda: prepare(args, started_by))
         train(args, run, rank, world_size, device)
-    except InputError as error:
-        shared = isinstance(error, SharedInputError)
-        if rank == 0 or not shared:
-            print(f"grpo_aqa.py: error: {error}", file=sys.stderr, flush=True)
-        if not shared:  # such as a clip that this rank alone cannot decode
-            os._exit(1)  # at once: the others may wait for this one in a collective, and torchrun ends them
-        dist.destroy_process_group()
-        return 1
-    wait_for_all_ranks()
-    dist.destroy_process_group()
-    return 0
+
+    return finish_together("grpo_aqa.py", work)
 
 
 if __name__ == "__main__":

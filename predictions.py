@@ -15,7 +15,6 @@ from data import InputError
 from reward import prediction
 from scores import majority_vote
 
-
 # Of a checkpoint, what answers depend on; predictions may lie beside it.
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab.json", "merges.txt", "*chat_template*")
 ADDED = ("model_prediction", "model_output", "completion", "samples", "error")
@@ -85,7 +84,7 @@ def check_writable(paths: list[str]) -> None:
 
 def as_saved(settings: dict, predictions: bytes) -> dict:
     """What stands in .settings.json beside a predictions file."""
-    return json.loads(json.dumps(settings | {"sha256": hashlib.sha256(predictions).hexdigest()}))
+    return settings | {"sha256": hashlib.sha256(predictions).hexdigest()}
 
 
 def write_predictions(out: str, records: list[dict], settings: dict) -> None:
@@ -94,7 +93,7 @@ def write_predictions(out: str, records: list[dict], settings: dict) -> None:
     A file of that name and other settings is kept as .old.
     """
     before = {name: value for name, value in _saved_settings(out).items() if name != "sha256"}
-    if os.path.exists(out) and before != json.loads(json.dumps(settings)):
+    if os.path.exists(out) and before != settings:
         for path in (out, out + ".settings.json"):
             if os.path.exists(path):
                 os.replace(path, path + ".old")

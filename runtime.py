@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
 from data import InputError
-from policy import Prompt, completion_logprobs
+from policy import Prompt, completion_logprobs, load_policy
 
 # ---- processes ----
 
@@ -121,6 +121,37 @@ def gather(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=_patient_group)
     return values
+
+
+def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.device):
+    """load_policy on every rank, however much slower some node is. Raises SharedInputError if it fails on any."""
+    loaded = failure = None
+    try:
+        loaded = load_policy(name_or_path, dtype, device)
+    except InputError as error:
+        failure = str(error)
+    failures = [reason for reason in gather(failure) if reason]
+    if failures:
+        raise SharedInputError(failures[0])
+    return loaded
+
+
+def finish_together(script: str, work) -> int:
+    """Call `work` on this rank and leave the process group in order. Returns the exit status: 1 after an InputError,
+    which is printed as one line, by rank 0 alone if all ranks share it."""
+    try:
+        work()
+    except InputError as error:
+        shared = isinstance(error, SharedInputError)
+        if dist.get_rank() == 0 or not shared:
+            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
+        if not shared:  # such as a clip that this rank alone cannot decode
+            os._exit(1)  # at once: the others may wait for this one in a collective, and torchrun ends them
+        dist.destroy_process_group()
+        return 1
+    wait_for_all_ranks()
+    dist.destroy_process_group()
+    return 0
 
 
 def launchers() -> list[str]:

@@ -171,7 +171,7 @@ def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bo
             score = Score(sum(correct[i] for i in indices), len(indices))
             cells = ["", ""]
             if correct is not first:
-                only_first, only_this = _discordant([first[i] for i in indices], [correct[i] for i in indices])
+                only_first, only_this = discordant([first[i] for i in indices], [correct[i] for i in indices])
                 difference = (only_this - only_first) / len(indices) * 100
                 cells = [f"{difference:+.2f}", p_text(mcnemar_exact(only_first, only_this))]
             rows.append((f"  {name}", *score_cells(score), *cells))
@@ -192,7 +192,7 @@ def compare(path_a: str, path_b: str) -> str:
     if not scored:
         raise InputError(f"{path_a}: none of the {len(questions)} questions has an answer; nothing to compare")
     right = [[is_right(questions[i], said[i]) for i in scored] for said in (said_a, said_b)]
-    only_a, only_b = _discordant(*right)
+    only_a, only_b = discordant(*right)
     p = mcnemar_exact(only_a, only_b)
     rows = [
         (name, *score_cells(Score(sum(correct), len(scored))), path)
@@ -261,7 +261,7 @@ def _groups(questions: list[Question]) -> dict[str, list[int]]:
     return {"all": list(range(len(questions))), **groups}
 
 
-def _discordant(a: list[bool], b: list[bool]) -> tuple[int, int]:
+def discordant(a: list[bool], b: list[bool]) -> tuple[int, int]:
     """How many questions only a has right, and only b."""
     return sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
 

@@ -76,7 +76,8 @@ def test_replayed_steps_sample_what_fresh_ones_do(tiny, questions, recordings):
     """Recorded once for each number of slots, and right for other tokens, other prompts and another rollout."""
     model, processor = tiny
     prompt = encode_prompts(processor, questions[:2], "answer")
-    decoder, counts = GroupDecoder(model, group_size=3, max_new_tokens=10, cuda_graph=True), []
+    decoder, counts = GroupDecoder(model, group_size=3, max_new_tokens=10), []
+    decoder.cuda_graph = True  # as on a GPU
     for start, stop, seed in ((0, 2, 0), (0, 2, 1), (1, 2, 2), (1, 2, 3), (0, 1, 4)):
         inputs = model, slice_prompt(prompt, start, stop), 3, 10, 1.0, NO_STOP
         replayed, fresh = (
@@ -120,7 +121,8 @@ def test_weights_that_learn_are_used_by_recorded_steps(tiny, questions, recordin
     """Updates in place, as the optimizer makes them, reach a step that was recorded before."""
     model, processor = tiny
     prompt = encode_prompts(processor, questions[:1], "answer")
-    decoder = GroupDecoder(model, group_size=2, max_new_tokens=8, cuda_graph=True)
+    decoder = GroupDecoder(model, group_size=2, max_new_tokens=8)
+    decoder.cuda_graph = True  # as on a GPU
     inputs = model, prompt, 2, 8, 0.0, NO_STOP, None
     before, _ = sample_group(*inputs, decoder)
     weight = model.model.language_model.layers[0].mlp.down_proj.weight

@@ -21,6 +21,7 @@ import answering
 import eval_mmau
 import policy
 import predictions
+import runtime
 import toy
 from checkpoint import save_checkpoint
 from data import Question, load_questions
@@ -311,7 +312,7 @@ def broken(home, tmp_path):
 
 
 def test_bad_audio_is_reported_before_weights_are_loaded(home, broken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval_mmau, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
     flags = ("--data", broken, "--audio_dir", home)
     assert evaluate(*arguments(home, tmp_path / "out.json", *flags)) == 1
     message = capsys.readouterr().err
@@ -326,7 +327,7 @@ def test_bad_audio_is_reported_before_weights_are_loaded(home, broken, tmp_path,
 
 
 def test_what_cannot_be_written_is_reported_before_weights_are_loaded(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval_mmau, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
     (tmp_path / "file").write_text("")
     for flags in (("--out", tmp_path), ("--out", tmp_path / "file" / "out.json"), ("--html", tmp_path)):
         assert evaluate(*arguments(home, tmp_path / "out.json", *flags)) == 1
@@ -346,7 +347,7 @@ def test_questions_that_hold_earlier_predictions(home, clean, tmp_path):
 
 def test_bad_audio_counts_as_wrong_where_it_is_skipped(home, broken, clean, tmp_path, monkeypatch, capsys):
     """Each other question is predicted as before, and stands in the denominator as before."""
-    monkeypatch.setattr(eval_mmau, "mmau_match", lambda answer, said, choices: said != "")
+    monkeypatch.setattr(eval_mmau, "is_right", lambda question, said: said != "")
     flags = ("--data", broken, "--audio_dir", home, "--skip_bad_audio")
     assert evaluate(*arguments(home, tmp_path / "out.json", *flags)) == 0
     answered, expected = json.loads((tmp_path / "out.json").read_text()), json.loads(clean.read_text())
@@ -376,8 +377,8 @@ def asked(monkeypatch):
 
 
 def test_ablations_are_one_load_and_four_files(home, clean, tmp_path, monkeypatch, asked, capsys):
-    loads, original = [], eval_mmau.load_policy
-    monkeypatch.setattr(eval_mmau, "load_policy", lambda *args: loads.append(1) or original(*args))
+    loads, original = [], runtime.load_policy
+    monkeypatch.setattr(runtime, "load_policy", lambda *args: loads.append(1) or original(*args))
     out = tmp_path / "out.json"
     assert evaluate(*arguments(home, out, "--ablations", "--seed", 5)) == 0
     assert len(loads) == 1 and out.read_bytes() == clean.read_bytes()
