@@ -61,6 +61,16 @@ def build_prompt(question: Question, template: str) -> str:
     return TEMPLATES[template].format(question=question.question, choices=question.choices)
 
 
+def target_text(answer: str, template: str) -> str:
+    """What a completion that answers rightly says: <answer>...</answer>, or the bare answer with template `direct`.
+
+    Raises InputError for `think`: question files hold no thoughts to learn from.
+    """
+    if template == "think":
+        raise InputError("template 'think' has no target to imitate: question files hold answers without thoughts")
+    return answer if template == "direct" else f"<answer>{answer}</answer>"
+
+
 # ---- question files ----
 
 

@@ -328,6 +328,16 @@ def stop_token_ids(model, processor) -> list[int]:
     return list(dict.fromkeys([processor.tokenizer.eos_token_id, *configured]))
 
 
+def encode_targets(processor, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Texts that a supervised policy is to say, each with the end of its turn. Returns completions and mask, [N, T],
+    as sample_group does."""
+    tokenizer = processor.tokenizer
+    encoded = tokenizer(
+        [text + tokenizer.eos_token for text in texts], padding=True, padding_side="right", return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["attention_mask"].bool()
+
+
 def decode_text(processor, completions: Tensor, mask: Tensor) -> list[str]:
     """The texts of completions [N, T] without special tokens, as the rewards see them."""
     rows = [tokens[valid].tolist() for tokens, valid in zip(completions.cpu(), mask.cpu())]

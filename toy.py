@@ -38,8 +38,9 @@ from data import (
     build_prompt,
     check_answers,
     load_questions,
+    target_text,
 )
-from policy import completion_logprobs, encode_prompts
+from policy import completion_logprobs, encode_prompts, encode_targets
 from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
@@ -108,17 +109,14 @@ def warm_start(model, processor, questions: list[Question], steps: int, random_a
     it starts to listen and GRPO gets going sooner. Batches of 32; the learning rate rises to 1e-3 over 50 steps.
     """
     rng = np.random.default_rng(seed)
-    tokenizer = processor.tokenizer
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
         batch = [questions[i] for i in rng.choice(len(questions), 32)]
         answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
-        texts = [f"<answer>{answer}</answer>{tokenizer.eos_token}" for answer in answers]
-        completions = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        mask = completions["attention_mask"].bool()
+        completions, mask = encode_targets(processor, [target_text(answer, "answer") for answer in answers])
         prompt = encode_prompts(processor, batch, "answer")
-        logprobs, _ = completion_logprobs(model, prompt, completions["input_ids"], mask, temperature=1.0)
+        logprobs, _ = completion_logprobs(model, prompt, completions, mask, temperature=1.0)
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
