@@ -5,6 +5,7 @@ leaves under such a name is ignored, and removed when the run continues.
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -300,6 +301,18 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
+CURVES = {
+    "reward": "reward (accuracy + format)",
+    "accuracy": "sampled training accuracy",
+    "format": "share of well-formed completions",
+    "kl": "KL to the reference (nats per token)",
+    "entropy": "policy entropy (nats per token)",
+    "completion_tokens": "completion length (tokens)",
+    "loss": "loss",
+    "grad_norm": "norm of the gradient before clipping",
+}
+
+
 def draw_curves(out: Path) -> None:
     """Draw metrics.jsonl as curves.png: each metric over steps, thin, with its running mean over it."""
     import matplotlib
@@ -310,22 +323,16 @@ def draw_curves(out: Path) -> None:
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     steps = [m["step"] for m in metrics]
-    shown = {
-        "reward": "reward (accuracy + format)",
-        "accuracy": "sampled training accuracy",
-        "format": "share of well-formed completions",
-        "kl": "KL to the reference (nats per token)",
-        "entropy": "policy entropy (nats per token)",
-        "completion_tokens": "completion length (tokens)",
-    }
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
-    for axis, (name, title) in zip(axes.flat, shown.items()):
+    shown = [name for name in CURVES if name in metrics[0]]  # supervised training has no rewards
+    columns = math.ceil(len(shown) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6), sharex=True, layout="constrained")
+    for axis, name in zip(axes.flat, shown):
         values = torch.tensor([float("nan") if m[name] is None else m[name] for m in metrics])
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
         window = max(1, min(25, len(values) // 4))
         smooth = values.unfold(0, window, 1).mean(-1)
         axis.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(CURVES[name], fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")

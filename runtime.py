@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -215,7 +216,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device, self.started = device, time.perf_counter()
-        self.phases = dict.fromkeys(("data", "sample", "reference", "train", "update"), 0.0)
+        self.phases: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, phase: str):

@@ -88,14 +88,16 @@ def version(path):
 
 
 class Start:
-    """grpo_aqa.py, started in `folder` with FLAGS and what is given beside them; through torchrun on 2 processes.
+    """A training script, started in `folder` with FLAGS and what is given beside them; through torchrun on 2 processes.
 
     Use it in a `with`: whatever happens, none of its processes survives that.
     """
 
-    def __init__(self, folder, out, *switches, processes=2, torchrun=("--standalone",), **flags):
+    def __init__(
+        self, folder, out, *switches, script="grpo_aqa.py", processes=2, torchrun=("--standalone",), **flags
+    ):
         launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if torchrun else []
-        given = [f"--{name}={value}" for name, value in (FLAGS | flags | {"out": out}).items()]
+        given = [f"--{name}={value}" for name, value in (FLAGS | flags | {"out": out}).items() if value is not None]
         self.out, self.known, self.config_before = folder / out, [], version(folder / out / "config.json")
         self.step_before = state(folder / out) if self.config_before and "--resume" in switches else 0
         logs = folder / "logs" / f"{out}_{time.monotonic_ns()}"
@@ -103,7 +105,7 @@ class Start:
         self.printed_to, self.errors_to = logs.with_suffix(".out"), logs.with_suffix(".err")
         with open(self.printed_to, "w") as stdout, open(self.errors_to, "w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(ROOT / "grpo_aqa.py"), *given, *switches],
+                [sys.executable, *launcher, str(ROOT / script), *given, *switches],
                 cwd=folder, env=os.environ | ENVIRONMENT, stdout=stdout, stderr=stderr,
             )  # fmt: skip
 
@@ -155,7 +157,7 @@ class Start:
 
 
 def finish(*args, **kwargs):
-    """Start grpo_aqa.py and wait for its good end. Returns what it printed."""
+    """Start a training script and wait for its good end. Returns what it printed."""
     with Start(*args, **kwargs) as start:
         return start.finish()
 
@@ -312,6 +314,19 @@ def test_one_process_in_bfloat16(folder):
     masters = [saved_states(folder / out)[0] for out in ("half_killed", "half")]
     assert all(torch.equal(masters[0][name]["master"], masters[1][name]["master"]) for name in masters[1])
     assert any(not torch.equal(kept["master"], kept["master"].bfloat16().float()) for kept in masters[0].values())
+
+
+def test_supervised_fine_tuning(folder):
+    """Killed after a save and resumed, on one process."""
+    flags = dict(script="sft_aqa.py", processes=1, torchrun=(), log_completions_every=None)
+    with Start(folder, "sft", **flags) as whole, Start(folder, "sft_killed", **flags) as start:
+        start.wait_until((folder / "sft_killed" / "resume" / "step_000004").exists)
+        start.kill()
+        whole.finish()
+    assert state(folder / "sft_killed") < STEPS
+    finish(folder, "sft_killed", "--resume", **flags)
+    assert_same_run(folder / "sft_killed", folder / "sft")
+    assert max(m["grad_norm"] for m in metrics(folder / "sft")) > 0.1
 
 
 @pytest.mark.slow

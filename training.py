@@ -1,0 +1,278 @@
+"""The run around a training algorithm, the same for grpo_aqa.py and sft_aqa.py: settings, start, steps, metrics, saves.
+
+A script's `train` reads: load_policy_to_train, start, and for each of steps_to_take its own gradient, then update,
+record_step and save_if_due; finish at the end.
+"""
+
+import argparse
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import toy
+from answering import heldout_table, score_greedily
+from checkpoint import append_jsonl, find_state, load_state, open_run, save_run
+from data import TEMPLATES, Question, check_answers, digest, load_questions, step_indices
+from optimizer import ShardedAdamW
+from policy import DTYPES, Prompt, check_model, encode_ahead, encode_prompts, pick_dtype, to_device
+from runtime import (
+    Clock,
+    SharedInputError,
+    catch_sigterm,
+    data_parallel,
+    exit_if_abandoned,
+    finish_together,
+    launchers,
+    load_on_all_ranks,
+    mean_over_ranks,
+    on_rank_0,
+    peak_memory_gb,
+    setup_distributed,
+)
+
+# ---- settings ----
+
+# Without --model: made where they are missing, and shared by the scripts.
+TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, toy.paths(Path("runs/toy")))
+TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
+
+
+def add_setting(parser: argparse.ArgumentParser, name: str, default, help: str, **kwargs) -> None:
+    """Add --name to the command line, of its default's type; the help line shows the default."""
+    kind, shown = (str, "") if default is None else (type(default), " [%(default)s]")
+    parser.add_argument(f"--{name}", default=default, type=kind, help=help + shown, **kwargs)
+
+
+def shared_settings(description: str, toy_defaults: dict, **defaults) -> argparse.ArgumentParser:
+    """The command line that the scripts share; `defaults` are those in which they differ. Others can be added."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model NAME --data FILE] [settings]",
+        description=f"{description} Without --model: the toy, which needs no GPU. Its defaults: "
+        f"{' '.join(f'--{name} {value}' for name, value in toy_defaults.items())}, "
+        f"and --prompts_per_rank {TOY_PROMPTS} / processes.",
+    )
+
+    def add(name, default, help, **kwargs):
+        add_setting(parser, name, default, help, **kwargs)
+
+    add("model", None, "Hugging Face name or folder of a Qwen2-Audio model")
+    add("data", None, "training questions: an R1-AQA, AVQA, MMAU or plain file")
+    add("audio_dir", None, "folder that relative audio paths start from [the question file's]")
+    add("heldout", None, "questions to score greedily before and after; audio paths start from their file's folder")
+    add("out", None, f"run folder [{defaults['out']}]")
+    add("steps", 1000, "batches of questions to train on")
+    add("prompts_per_rank", 2, "questions per process and step")
+    add("accumulation_steps", 2, "forward and backward passes that these are split into")
+    add("template", "answer", defaults["template"], choices=TEMPLATES)
+    add("max_new_tokens", 256, "longest completion, in tokens")
+    add("lr", defaults["lr"], "learning rate of AdamW at the start; it decays linearly to 0")
+    add("max_grad_norm", 1.0, "gradients are scaled down to this global norm")
+    add("seed", 0, "of the order of questions and of all that is drawn")
+    add("dtype", "auto", "of the weights; auto is bfloat16 on a GPU, else float32", choices=("auto", *DTYPES))
+    add("gradient_checkpointing", "auto", "recompute layers; auto: on a GPU", choices=("auto", "on", "off"))
+    add("cuda_graph", "on", "decode by CUDA graphs, on a GPU", choices=("on", "off"))
+    add("save_every", 100, "steps from one checkpoint and resume state to the next")
+    add("keep_last", 0, "newest checkpoints to keep; 0 keeps all")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest state")
+    return parser
+
+
+def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, toy_defaults: dict, suffix: str = ""):
+    """Parse and check what shared_settings asks for. Without --model, `toy_defaults` take the place of the defaults;
+    with it, the run folder is named after the model, with `suffix`."""
+    args = parser.parse_args(argv)
+    if args.model is None:
+        if args.data:
+            parser.error("--data needs --model (`python toy.py --questions FILE --out DIR` makes a tiny one)")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        parser.set_defaults(model=TOY_MODEL, data=TOY_DATA, heldout=TOY_HELDOUT, **toy_defaults)
+        parser.set_defaults(prompts_per_rank=max(1, TOY_PROMPTS // processes))
+        args = parser.parse_args(argv)
+    elif args.data is None:
+        parser.error("--model needs --data, a file of training questions")
+    elif args.out is None:
+        args.out = f"runs/{Path(args.model).name}{suffix}"
+
+    check_at_least(parser, args, 1, "steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "save_every")
+    check_at_least(parser, args, 0, "keep_last")
+    if args.prompts_per_rank % args.accumulation_steps:
+        parser.error("--prompts_per_rank must be a multiple of --accumulation_steps")
+    return args
+
+
+def check_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: int, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < minimum:
+            parser.error(f"--{name} must be at least {minimum}, not {getattr(args, name)}")
+
+
+# ---- start ----
+
+
+@dataclass
+class Run:
+    """What rank 0 finds out before any weights are loaded."""
+
+    config: dict
+    questions: list[Question]
+    heldout: list[Question]
+    state: Path | None  # the folder to resume from
+
+
+@dataclass
+class Learner:
+    """What a rank holds from step to step."""
+
+    policy: torch.nn.Module
+    processor: object
+    ddp_policy: DistributedDataParallel  # policy.completion_logprobs, with gradients averaged over the ranks
+    optimizer: ShardedAdamW
+    generator: torch.Generator  # of what this rank draws
+    progress: dict  # step; position: questions used by all ranks; before: the base's held-out scores
+    preempted: threading.Event  # set by SIGTERM
+
+
+def run_training(args: argparse.Namespace, script: str, method: str, train) -> int:
+    """Join the other processes and call `train(args, run, device)`. Returns the exit status."""
+    device = setup_distributed()[-1]
+    started_by = launchers()
+
+    def work():
+        run = on_rank_0(lambda: prepare(args, method, started_by))
+        train(args, run, device)
+
+    return finish_together(script, work)
+
+
+def prepare(args: argparse.Namespace, method: str, started_by: list[str]) -> Run:
+    """Make the toy or check the user's inputs, and look for a state to resume from. Raises InputError."""
+    if args.model == TOY_MODEL:
+        toy.make_toy(Path(TOY_MODEL).parent)
+    questions = load_questions(args.data, args.audio_dir)
+    check_answers(questions, args.data)
+    heldout = load_questions(args.heldout) if args.heldout else []
+    check_answers(heldout, args.heldout)
+    check_model(args.model)
+    config = vars(args) | {
+        "method": method,
+        "heldout": args.heldout and os.path.abspath(args.heldout),  # eval_mmau.py finds it from anywhere
+        "questions_digest": digest(questions),
+        "world_size": dist.get_world_size(),
+        "launchers": started_by,
+    }
+    return Run(config, questions, heldout, find_state(Path(args.out), config, args.resume))
+
+
+def load_policy_to_train(args: argparse.Namespace, device: torch.device):
+    """The starting checkpoint and its processor. Returns (model, processor)."""
+    return load_on_all_ranks(args.model, pick_dtype(args.dtype, device), device)
+
+
+def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.device) -> Learner:
+    """Begin a run with the loaded policy, or continue the one in args.out."""
+    checkpointing = {"on": True, "off": False, "auto": device.type == "cuda"}[args.gradient_checkpointing]
+    any_prompt = to_device(encode_prompts(processor, run.questions[:1], args.template), device)
+    ddp_policy = data_parallel(policy, any_prompt, checkpointing)
+    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+    generator = torch.Generator(device).manual_seed(args.seed * 100_003 + dist.get_rank())
+    open_run(Path(args.out), run.config, run.state, policy)
+    if run.state:
+        progress = load_state(run.state, optimizer, generator)
+    else:
+        progress = {"step": 0, "position": 0, "before": score_heldout(args, run, policy, processor)}
+    return Learner(policy, processor, ddp_policy, optimizer, generator, progress, catch_sigterm())
+
+
+def score_heldout(args: argparse.Namespace, run: Run, policy, processor) -> tuple[float, float] | None:
+    """Greedy accuracy and format on the held-out questions, if there are any."""
+    cuda_graph = args.cuda_graph == "on"
+    return score_greedily(policy, processor, run.heldout, args.template, args.max_new_tokens, cuda_graph)
+
+
+# ---- a step ----
+
+
+def steps_to_take(
+    args: argparse.Namespace, run: Run, learner: Learner, device: torch.device
+) -> Iterator[tuple[int, float, list[Question], Prompt, Clock]]:
+    """For each step that is left: its number, learning rate, this rank's questions, their prompt, and a clock.
+
+    Prompts are prepared ahead, in a thread.
+    """
+    rank, progress = dist.get_rank(), learner.progress
+    steps = range(progress["step"] + 1, args.steps + 1)
+    batch_size = args.prompts_per_rank * dist.get_world_size()
+    positions = range(progress["position"], progress["position"] + len(steps) * batch_size, batch_size)
+    shares = (step_indices(len(run.questions), p, args.prompts_per_rank, rank, args.seed) for p in positions)
+    batches = encode_ahead(learner.processor, ([run.questions[i] for i in share] for share in shares), args.template)
+    for step in steps:
+        clock = Clock(device)
+        with clock("data"):
+            batch, prompt = next(batches)
+            prompt = to_device(prompt, device)
+        yield step, args.lr * (1 - (step - 1) / args.steps), batch, prompt, clock  # linear decay to 0
+
+
+def progress_bar(args: argparse.Namespace, learner: Learner, method: str) -> tqdm:
+    """A bar over the run's steps, on rank 0."""
+    done = learner.progress["step"]
+    return tqdm(desc=method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
+
+
+def update(args: argparse.Namespace, learner: Learner, step: int, lr: float) -> float:
+    """One step of the optimizer along the gradient that is there. Returns the gradient's norm before clipping."""
+    try:
+        return learner.optimizer.step(lr, args.max_grad_norm)
+    except FloatingPointError as error:
+        raise SharedInputError(f"step {step}: {error}; the weights are as before it") from None
+
+
+def record_step(
+    args: argparse.Namespace, learner: Learner, step: int, lr: float, metrics: dict, clock: Clock
+) -> tuple[dict, bool]:
+    """Add a step's metrics, their means over the ranks, to metrics.jsonl. Those that are None stay None.
+
+    Returns them, and whether all ranks are to stop after this step, because one of them had a SIGTERM.
+    """
+    values = {name: value for name, value in metrics.items() if value is not None}
+    values |= {"seconds": clock.total()} | {f"seconds_{phase}": spent for phase, spent in clock.phases.items()}
+    values |= {"peak_memory_gb": peak_memory_gb(clock.device), "preempted": float(learner.preempted.is_set())}
+    means = mean_over_ranks(values, clock.device)
+    exit_if_abandoned()
+    stopping = means.pop("preempted") > 0
+    record = {"step": step, "lr": lr} | metrics | means
+    if dist.get_rank() == 0:
+        append_jsonl(Path(args.out) / "metrics.jsonl", record)
+    return record, stopping
+
+
+def save_if_due(args: argparse.Namespace, learner: Learner, step: int, stopping: bool) -> None:
+    """Count the step as done; save a checkpoint and the resume state if it is time, only the state if stopping."""
+    batch_size = args.prompts_per_rank * dist.get_world_size()
+    learner.progress |= {"step": step, "position": learner.progress["position"] + batch_size}
+    due = step % args.save_every == 0 or step == args.steps
+    if due or stopping:
+        what = learner.policy, learner.processor, learner.optimizer, learner.generator
+        save_run(Path(args.out), learner.progress, *what, due, args.keep_last)
+
+
+def finish(args: argparse.Namespace, run: Run, learner: Learner, method: str) -> None:
+    """Score the held-out questions again and print where everything is; or say that the run is not over."""
+    if learner.progress["step"] < args.steps:
+        if dist.get_rank() == 0:
+            step = learner.progress["step"]
+            print(f"\nSIGTERM: stopped after step {step}; --resume continues from there", flush=True)
+        return
+    after = score_heldout(args, run, learner.policy, learner.processor)
+    if dist.get_rank() == 0:
+        print(f"\nmetrics, curves and checkpoints: {args.out}")
+        if run.heldout:
+            scores = {f"before {method}": learner.progress["before"], f"after {method}": after}
+            print(f"\n{heldout_table(run.heldout, scores)}")
