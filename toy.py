@@ -1,8 +1,8 @@
 """The embedded default: a tiny real Qwen2-Audio that trains on a CPU, and the small world it listens to.
 
 The model has the classes, the chat markup and the processor of Qwen2-Audio-7B-Instruct at a ten-thousandth of its
-size. A short supervised warm start, on answers of which a share is picked at random, makes it sure of the form of an
-answer and unsure of the answer: the state in which GRPO takes over a real model.
+size. A short supervised warm start in all three templates, on answers of which a share is picked at random, makes it
+sure of the form of an answer and unsure of the answer: the state in which GRPO takes over a real model.
 
     python toy.py --questions FILE --out DIR     a tiny base model for your own questions, to try them on a laptop
 """
@@ -49,7 +49,7 @@ MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
 
 def make_tokenizer(questions: list[Question]) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer: any text works, and the questions' own words become one token each."""
-    texts = [build_prompt(q, template) + f"<answer>{q.answer}</answer>" for q in questions for template in TEMPLATES]
+    texts = [build_prompt(q, template) + warm_start_text(q.answer, template) for q in questions for template in TEMPLATES]
     texts += ["system\nYou are a helpful assistant.", "user\nAudio 1: \n", "assistant\n"] * 10  # the chat markup's
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=4096, min_frequency=4, show_progress=False)
@@ -102,20 +102,29 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     return model.eval(), processor
 
 
+def warm_start_text(answer: str, template: str) -> str:
+    """What the warm start has the model say: target_text's, and for `think` the same after a thought that names it."""
+    if template == "think":
+        return f"<think>I hear {answer}</think>{target_text(answer, 'answer')}"
+    return target_text(answer, template)
+
+
 def warm_start(model, processor, questions: list[Question], steps: int, random_answers: float, seed: int) -> None:
-    """Supervised training on <answer>...</answer>, where a share `random_answers` of the answers is any choice.
+    """Supervised training on warm_start_text, where a share `random_answers` of the answers is any choice.
 
     With a share of 1 the model learns the form and guesses; with less, on more questions than it can learn by heart,
-    it starts to listen and GRPO gets going sooner. Batches of 32; the learning rate rises to 1e-3 over 50 steps.
+    it starts to listen and GRPO gets going sooner. Batches of 32, one template after the other; the learning rate
+    rises to 1e-3 over 50 steps.
     """
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
+        template = list(TEMPLATES)[step % len(TEMPLATES)]
         batch = [questions[i] for i in rng.choice(len(questions), 32)]
         answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
-        completions, mask = encode_targets(processor, [target_text(answer, "answer") for answer in answers])
-        prompt = encode_prompts(processor, batch, "answer")
+        completions, mask = encode_targets(processor, [warm_start_text(answer, template) for answer in answers])
+        prompt = encode_prompts(processor, batch, template)
         logprobs, _ = completion_logprobs(model, prompt, completions, mask, temperature=1.0)
         loss = -logprobs.sum() / mask.sum()
         loss.backward()
@@ -135,19 +144,29 @@ def paths(folder: Path) -> tuple[Path, Path, Path]:
 def make_toy(folder: Path) -> None:
     """Make folder/world (sounds and questions) and folder/base (the warm-started model), or find them there."""
     base, train, _ = paths(folder)
-    world = train.parent
-    if not world.exists():
-        print(f"making sounds and questions in {world}", flush=True)
-        unfinished = world.with_name("world.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_world(unfinished)
-        unfinished.rename(world)
+    make_world(train.parent)
     if not base.exists():
-        make_base(load_questions(str(train)), base, steps=110, random_answers=0.5, seed=0)
+        make_base(load_questions(str(train)), base)
 
 
-def make_base(questions: list[Question], out: Path, steps: int, random_answers: float, seed: int) -> None:
-    """Write a tiny warm-started base model for `questions` to the folder `out`."""
+def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.0) -> None:
+    """Write the toy's world to `folder`, as write_world does, or find it there, whatever it was made with.
+
+    It is there as a whole or not at all, also where a run is killed meanwhile.
+    """
+    if folder.exists():
+        return
+    print(f"making sounds and questions in {folder}", flush=True)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
+    unfinished.rename(folder)
+
+
+def make_base(
+    questions: list[Question], out: Path, seed: int = 0, steps: int = 110, random_answers: float = 0.5
+) -> None:
+    """Write a tiny warm-started base model for `questions` to the folder `out`. The defaults are the toy's."""
     longest = max(audio_seconds(question.audio) for question in questions)
     model, processor = make_model(questions, min(MAX_SECONDS, math.ceil(longest)), seed)
     warm_start(model, processor, questions, steps, random_answers, seed)
@@ -175,7 +194,7 @@ def main() -> None:
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     questions = load_questions(args.questions, args.audio_dir)
     check_answers(questions, args.questions)
-    make_base(questions, Path(args.out), args.steps, args.random_answers, args.seed)
+    make_base(questions, Path(args.out), args.seed, args.steps, args.random_answers)
     print(f"base model: {args.out}")
 
 

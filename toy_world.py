@@ -117,8 +117,20 @@ KINDS = [
 NOISE = {"easy": 0.003, "medium": 0.01, "hard": 0.03}  # background noise, relative to full scale
 
 
-def write_world(folder: Path, num_train: int = 1200, num_heldout: int = 600, seed: int = 0) -> None:
-    """Write audio/, train.jsonl (R1-AQA lines) and heldout.json (MMAU's format) into `folder`."""
+def write_world(
+    folder: Path,
+    num_train: int = 1200,
+    num_heldout: int = 600,
+    seed: int = 0,
+    heldout_noise: float = 1.0,
+    label_noise: float = 0.0,
+) -> None:
+    """Write audio/, train.jsonl (R1-AQA lines) and heldout.json (MMAU's format) into `folder`.
+
+    Two ways to make it harder: `heldout_noise` multiplies the background noise of the held-out clips, a shift away
+    from what was trained on; `label_noise` is the share of training questions with a wrong answer. Neither changes
+    anything else, down to the last random draw.
+    """
     rng = np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True)
     every_answer = [(kind, answer) for kind in KINDS for answer in kind[-1]]
@@ -133,7 +145,8 @@ def write_world(folder: Path, num_train: int = 1200, num_heldout: int = 600, see
         clip = sounds[answer](rng, rng.uniform(1, 2), rate)
         clip = rng.uniform(0.3, 0.9) * clip / np.abs(clip).max()
         channels = [clip] if rng.random() < 0.5 else [clip, 0.5 * clip]
-        noisy = np.stack([c + rng.normal(0, NOISE[difficulty], len(c)) for c in channels], axis=1)
+        noise = NOISE[difficulty] * (1 if i < num_train else heldout_noise)
+        noisy = np.stack([c + rng.normal(0, noise, len(c)) for c in channels], axis=1)
         soundfile.write(folder / audio, noisy.clip(-1, 1), rate)
 
         if i < num_train:
@@ -148,5 +161,19 @@ def write_world(folder: Path, num_train: int = 1200, num_heldout: int = 600, see
                 "choices": choices, "answer": answer, "dataset": "toy", "task": task, "split": "held-out",
                 "category": "Information Extraction", "sub-category": sub_category, "difficulty": difficulty,
             })  # fmt: skip
+    train = with_label_noise(train, label_noise, seed)
     (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in train), encoding="utf-8")
     (folder / "heldout.json").write_text(json.dumps(heldout, indent=1), encoding="utf-8")
+
+
+def with_label_noise(records: list[dict], share: float, seed: int) -> list[dict]:
+    """R1-AQA records of which the share `share`, drawn by `seed`, has another of its choices as answer.
+
+    round(share * len(records)) of them do, each wrong choice as likely as another. Leaves `records` as they are.
+    """
+    rng = np.random.default_rng(seed)
+    changed = [dict(record) for record in records]
+    for i in rng.choice(len(records), round(share * len(records)), replace=False):
+        wrong = [k for k in range(len(records[i]["multi_choice"])) if k != records[i]["answer"]]
+        changed[i]["answer"] = int(rng.choice(wrong))
+    return changed
