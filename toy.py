@@ -49,7 +49,7 @@ MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
 
 def make_tokenizer(questions: list[Question]) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer: any text works, and the questions' own words become one token each."""
-    texts = [build_prompt(q, template) + warm_start_text(q.answer, template) for q in questions for template in TEMPLATES]
+    texts = [build_prompt(q, name) + warm_start_text(q.answer, name) for q in questions for name in TEMPLATES]
     texts += ["system\nYou are a helpful assistant.", "user\nAudio 1: \n", "assistant\n"] * 10  # the chat markup's
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=4096, min_frequency=4, show_progress=False)
