@@ -28,7 +28,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 from decoding import GroupDecoder
 
-Prompt = dict[str, Tensor]  # what encode_prompts returns
+Prompt = dict[str, Tensor]  # what encode_prompts returns, and what listen adds to it
 PROMPT = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
 LOGITS_CHUNK = 512  # tokens whose logits are held at once: 156,032 words in float32 are 0.3 GB
 ASK_EVERY = 4  # tokens from one look at whether all completions have ended, for which a GPU has to stop, to the next
@@ -84,7 +84,7 @@ def encode_prompts(processor, questions: list[Question], template: str, silence:
     """Questions with their clips as left-padded model inputs on the CPU.
 
     Returns input_ids and attention_mask [B, P], input_features [B, mels, F] and feature_attention_mask [B, F], where F
-    is the longest clip's frames plus two (see audio_features) instead of the 30 s that the processor pads to.
+    is the longest clip's frames plus two (see run_audio_tower) instead of the 30 s that the processor pads to.
     With `silence`, each clip is replaced by zeros of its own length.
     """
     texts, clips = [], []
@@ -120,34 +120,61 @@ def encode_ahead(
 def slice_prompt(prompt: Prompt, start: int, stop: int) -> Prompt:
     """Prompts start to stop of a batch, without padding that only longer ones beside them needed."""
     ids, mask, mel, mel_mask = (prompt[name][start:stop] for name in PROMPT)
-    tokens, frames = int(mask.sum(-1).max()), int(mel_mask.sum(-1).max()) + 2
-    return dict(zip(PROMPT, (ids[:, -tokens:], mask[:, -tokens:], mel[:, :, :frames], mel_mask[:, :frames])))
+    tokens, frames = int(mask.sum(-1).max()), int(mel_mask.sum(-1).max())
+    mel, mel_mask = mel[:, :, : frames + 2], mel_mask[:, : frames + 2]
+    part = dict(zip(PROMPT, (ids[:, -tokens:], mask[:, -tokens:], mel, mel_mask)))
+    if "heard" in prompt:
+        part["heard"] = prompt["heard"][start:stop, : (frames + 1) // 4]  # two strides of 2: four frames a token
+    return part
 
 
-def audio_features(model, input_features: Tensor, feature_attention_mask: Tensor, checkpointing=False) -> Tensor:
-    """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H].
+def freeze_audio_tower(model) -> None:
+    """Let the audio tower stay as it is. The projector behind it, which meets the language model, still learns."""
+    model.model.audio_tower.requires_grad_(False)
+
+
+@torch.no_grad()
+def listen(model, prompt: Prompt) -> Prompt:
+    """The prompts with what a frozen audio tower makes of them: `heard`, [B, audio tokens, audio hidden].
+
+    All that takes such a prompt does not run the tower again: sampling, the reference pass, whose tower is the same
+    one, and training.
+    """
+    assert not any(weight.requires_grad for weight in model.model.audio_tower.parameters()), "the tower is not frozen"
+    return prompt | {"heard": run_audio_tower(model, prompt)}
+
+
+def run_audio_tower(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
+    """The audio tower's output for each clip, [B, audio tokens, audio hidden], padded on the right to the longest's.
 
     The model's own encoder takes 30 s of mel frames, 3,000, whatever a clip's length. Here the convolutions (kernel 3,
     the second with stride 2) run over the longest clip's frames plus two: so far they look past a clip's end, where
     the full-length spectrogram holds padding. Further padding is masked in attention and reaches no audio token. Where
     all clips are equally long nothing is left to mask, and attention takes a faster kernel.
     """
-    tower = model.model.audio_tower
-    frames, longest = feature_attention_mask.sum(-1), feature_attention_mask.shape[1]
+    tower, mel_mask = model.model.audio_tower, prompt["feature_attention_mask"]
+    longest = mel_mask.shape[1]
     if longest < 2 * tower.config.max_source_positions:
         longest -= 2
-    hidden = F.gelu(tower.conv1(input_features.to(tower.conv1.weight.dtype)))
+    hidden = F.gelu(tower.conv1(prompt["input_features"].to(tower.conv1.weight.dtype)))
     hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2)  # [B, encoder frames, audio hidden]
-    encoder_frames, audio_tokens = tower._get_feat_extract_output_lengths(frames)
+    encoder_frames, _ = tower._get_feat_extract_output_lengths(mel_mask.sum(-1))
     hidden = hidden[:, : tower._get_feat_extract_output_lengths(longest)[0]]
     hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-    heard = torch.arange(hidden.shape[1], device=hidden.device) < encoder_frames[:, None]
-    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=heard)
+    within = torch.arange(hidden.shape[1], device=hidden.device) < encoder_frames[:, None]
+    mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=within)
     for layer in tower.layers:
         hidden = _run(layer, hidden, mask, checkpointing=checkpointing)
-    hidden = tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
-    valid = torch.arange(hidden.shape[1], device=hidden.device) < audio_tokens[:, None]
-    return model.model.multi_modal_projector(hidden[valid])
+    return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
+
+
+def audio_features(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
+    """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H]."""
+    heard = prompt["heard"] if "heard" in prompt else run_audio_tower(model, prompt, checkpointing)
+    frames = prompt["feature_attention_mask"].sum(-1)
+    _, audio_tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
+    valid = torch.arange(heard.shape[1], device=heard.device) < audio_tokens[:, None]
+    return model.model.multi_modal_projector(heard[valid])
 
 
 # ---- prefill and sample ----
@@ -177,7 +204,7 @@ class GroupCache:
 
 def embed_prompt(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
     """The prompt's token embeddings with the audio's features in the place of its <|AUDIO|> tokens, [B, P, H]."""
-    features = audio_features(model, prompt["input_features"], prompt["feature_attention_mask"], checkpointing)
+    features = audio_features(model, prompt, checkpointing)
     embeds = model.get_input_embeddings()(prompt["input_ids"])
     is_audio = (prompt["input_ids"] == model.config.audio_token_id)[:, :, None]
     return embeds.masked_scatter(is_audio, features.to(embeds.dtype))

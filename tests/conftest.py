@@ -30,3 +30,10 @@ def tiny(questions):
     """(model, processor): random weights, float64 so that two ways of computing agree to many digits."""
     model, processor = toy.make_model(questions, seconds=2, seed=0)
     return model.double(), processor
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Every step in float64, also those that say float32 (RMSNorm, the log-softmax): no rounding hides a mistake."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

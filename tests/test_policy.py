@@ -28,13 +28,6 @@ CPU = torch.device("cpu")
 PYTORCH = {"format": "pt"}  # what transformers wants a safetensors file to say of itself
 
 
-@pytest.fixture
-def exact(monkeypatch):
-    """Every step in float64, also those that say float32 (RMSNorm, the log-softmax): no rounding hides a mistake."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 @pytest.fixture(scope="module")
 def peaked(tiny):
     """The tiny model in float32 with larger logits: some tokens are common, and temperature matters."""
@@ -297,7 +290,7 @@ def test_trimmed_audio_has_the_audio_tokens_of_the_full_30_seconds(long, seconds
     assert torch.equal(prompt["feature_attention_mask"], full["feature_attention_mask"][:, :trimmed])
     assert prompt["feature_attention_mask"].sum(-1).tolist() == frames
 
-    features = policy.audio_features(model, prompt["input_features"], prompt["feature_attention_mask"])
+    features = policy.audio_features(model, prompt)
     is_audio = prompt["input_ids"] == model.config.audio_token_id
     assert len(features) == is_audio.sum()
     assert_close(features, merged_embeds(model, full)[is_audio], rtol=0, atol=1e-11)

@@ -1,0 +1,143 @@
+"""A frozen audio tower heard once a step: against the same model that runs its tower each time."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing import assert_close
+
+from optimizer import ShardedAdamW
+from policy import completion_logprobs, encode_prompts, freeze_audio_tower, listen, sample_group, slice_prompt
+from runtime import data_parallel
+
+TOWER, GROUP_SIZE = "model.audio_tower.", 2
+
+
+@pytest.fixture
+def frozen(tiny):
+    """(model, processor) in float64, of which the audio tower does not learn."""
+    model = copy.deepcopy(tiny[0])
+    freeze_audio_tower(model)
+    return model, tiny[1]
+
+
+@pytest.fixture
+def runs(frozen):
+    """Grows by one each time the tower of the frozen model, or of a copy that is made of it, runs."""
+    seen = []
+    frozen[0].model.audio_tower.conv1.register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+def completions_of(prompt, seed=0):
+    """Random words for GROUP_SIZE completions of each prompt, of 1 to 5 tokens."""
+    g, rows = torch.Generator().manual_seed(seed), GROUP_SIZE * len(prompt["input_ids"])
+    lengths = torch.randint(1, 6, (rows, 1), generator=g)
+    lengths[0] = 5
+    return torch.randint(4, 60, (rows, 5), generator=g), torch.arange(5) < lengths
+
+
+def learn(model, prompt, checkpointing=False, parts=2):
+    """Log-probs of random completions, and the gradients of the sum of their squares, computed in parts."""
+    model.zero_grad(set_to_none=True)
+    (completions, mask), size, found = completions_of(prompt), len(prompt["input_ids"]) // parts, []
+    for start in range(0, parts * size, size):
+        rows = slice(GROUP_SIZE * start, GROUP_SIZE * (start + size))
+        part = slice_prompt(prompt, start, start + size)
+        logprobs, _ = completion_logprobs(model, part, completions[rows], mask[rows], 0.9, checkpointing)
+        logprobs.square().sum().backward()
+        found.append(logprobs.detach())
+    return torch.cat(found), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_the_tower_alone_is_frozen(tiny, frozen):
+    """And an unfrozen one, whose gradient would get lost, is not listened with."""
+    trained = {name for name, p in tiny[0].named_parameters() if p.requires_grad}
+    assert {name for name, p in frozen[0].named_parameters() if p.requires_grad} == {
+        name for name in trained if not name.startswith(TOWER)
+    }
+    assert any(name.startswith("model.multi_modal_projector.") for name in trained)
+    with pytest.raises(AssertionError, match="not frozen"):
+        listen(tiny[0], {})
+
+
+def test_the_tower_runs_once_for_all_of_a_step(frozen, questions, runs):
+    """Sampling, the reference pass and two training passes; the plain way, each runs it."""
+    model, processor = frozen
+    reference, plain = copy.deepcopy(model), encode_prompts(processor, questions, "answer")
+
+    def step(prompt):
+        sample_group(model, prompt, GROUP_SIZE, 3, 1.0, [-1])
+        with torch.no_grad():
+            completion_logprobs(reference, prompt, *completions_of(prompt), 1.0)
+        learn(model, prompt, parts=2)
+
+    step(plain)
+    assert len(runs) == 4
+    runs.clear()
+    step(listen(model, plain))
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_sampled_scored_and_learned_stays_the_same(exact, tiny, frozen, questions, checkpointing):
+    """Tokens, log-probs and all gradients but the tower's, also those of a model whose tower learns."""
+    model, processor = frozen
+    plain = encode_prompts(processor, questions, "answer")
+    heard = listen(model, plain)
+    assert heard["heard"].shape[:2] == (4, 50) and not heard["heard"].requires_grad
+    drawn = [
+        sample_group(model, prompt, GROUP_SIZE, 8, 1.0, [-1], torch.Generator().manual_seed(0))[0]
+        for prompt in (plain, heard)
+    ]
+    assert torch.equal(*drawn)
+
+    everything_learns = copy.deepcopy(tiny[0])
+    logprobs, gradients = learn(model, heard, checkpointing)
+    for other in (model, everything_learns):
+        expected_logprobs, expected = learn(other, plain, checkpointing)
+        assert_close(logprobs, expected_logprobs, rtol=0, atol=1e-12)
+        expected = {name: gradient for name, gradient in expected.items() if not name.startswith(TOWER)}
+        assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
+    assert gradients["model.multi_modal_projector.linear.weight"].abs().max() > 0
+
+
+def test_slices_are_what_the_tower_hears_in_those_clips_alone(frozen):
+    """Clips of 3 to 200 frames, with every remainder by the four frames of an audio token."""
+    model, generator = frozen[0], torch.Generator().manual_seed(0)
+    frames = torch.tensor([3, 38, 37, 131, 4, 198, 39, 40, 200])
+    within = (torch.arange(200) < frames[:, None]).long()
+    batch = {
+        "input_ids": torch.zeros(9, 4, dtype=torch.long),
+        "attention_mask": torch.ones(9, 4, dtype=torch.long),
+        "input_features": torch.randn(9, 40, 200, generator=generator, dtype=torch.float64),
+        "feature_attention_mask": within,
+    }
+    heard = listen(model, batch)
+    for start, stop in [(i, i + 1) for i in range(9)] + [(0, 3), (2, 5), (5, 9)]:
+        found, part = slice_prompt(heard, start, stop), slice_prompt(batch, start, stop)
+        expected = listen(model, part)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], part[name]) for name in part)
+        assert found["heard"].shape[1] == (frames[start:stop].max() + 1) // 4
+        for i, own in enumerate(frames[start:stop].tolist()):
+            tokens = (own + 1) // 4
+            assert_close(found["heard"][i, :tokens], expected["heard"][i, :tokens], rtol=0, atol=1e-11)
+
+
+def test_distributed_training_leaves_the_frozen_tower_out(frozen, questions):
+    """Its weights are neither exchanged nor updated, and those of the others are."""
+    model, processor = frozen
+    heard = listen(model, encode_prompts(processor, questions, "answer"))
+    expected, before = learn(copy.deepcopy(model), heard, parts=1)[1], copy.deepcopy(model.state_dict())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ddp_policy = data_parallel(model, encode_prompts(processor, questions[:1], "answer"), checkpointing=False)
+        optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+        ddp_policy(heard, *completions_of(heard), 0.9)[0].square().sum().backward()
+        assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
+        optimizer.step(lr=1e-3, max_grad_norm=1.0)
+    finally:
+        dist.destroy_process_group()
+    moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
