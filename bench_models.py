@@ -28,7 +28,7 @@ from runtime import data_parallel
 
 GB = 1e9
 TEXT_TOKENS = 80  # of a prompt, beside its clip's
-SETTINGS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.04)  # the paper's
+SETTINGS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.04, ratio="token")  # the paper's
 NO_STOP = [-1]  # no token ends a completion: all of them get max_new_tokens
 
 # ---- model and prompts ----

@@ -36,6 +36,7 @@ from data import build_prompt
 from decoding import GroupDecoder
 from policy import Prompt, completion_logprobs, decode_text, sample_group, slice_prompt, stop_token_ids
 from reward import accuracy_reward, format_reward
+from runtime import mean_length
 from training import (
     Run,
     add_setting,
@@ -79,28 +80,39 @@ def grpo_loss(
     clip_low: float,
     clip_high: float,
     beta: float,
+    length: float | None = None,
+    ratio: str = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO objective, negated, as a scalar loss (arXiv 2402.03300, equations 3 and 4).
+    """The GRPO objective, negated, as a scalar loss (arXiv 2402.03300, equations 3 and 4), and its variants.
 
         ratio  = pi / pi_old
         policy = min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
         kl     = pi_ref / pi - log(pi_ref / pi) - 1              the unbiased, never negative "k3" estimator
         loss   = mean over completions of the mean over their tokens of -(policy - beta * kl)
 
+    With a `length`, the sum over a completion's tokens is divided by that instead of by their number (see loss_length).
+    With ratio "sequence", all tokens of a completion have the same ratio, the geometric mean of theirs, and are clipped
+    together (GSPO, arXiv 2507.18071, equations 5 and 7).
+
     logprobs, old_logprobs, ref_logprobs, mask: [N, T]; advantages: [N]. Gradient flows through `logprobs` only.
     `ref_logprobs` may be None when beta is 0. Also returns stats without gradient: clip_fraction, the share of tokens
-    whose gradient clipping removes, and kl, in nats per token, each averaged as the loss is.
+    whose gradient clipping removes, and kl, in nats per token. To mean the same in all variants, both are means over
+    completions of the mean over their tokens, whatever the loss is divided by.
     """
     mask = mask.bool()
     logprobs, old_logprobs = logprobs.float().masked_fill(~mask, 0), old_logprobs.float().masked_fill(~mask, 0)
+    own_lengths = mask.sum(dim=1).clamp(min=1)
 
-    def mean_over_completions(per_token: Tensor) -> Tensor:
-        return ((per_token * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    def mean_over_completions(per_token: Tensor, lengths: Tensor | float = own_lengths) -> Tensor:
+        return ((per_token * mask).sum(dim=1) / lengths).mean()
 
     advantages = advantages.float()[:, None]
-    ratio = (logprobs - old_logprobs.detach()).exp()
-    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_token_loss = -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    log_ratio = logprobs - old_logprobs.detach()
+    if ratio == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True) / own_lengths[:, None]  # [N, 1]
+    pi_ratio = log_ratio.exp()
+    clipped_ratio = pi_ratio.clamp(1 - clip_low, 1 + clip_high)
+    per_token_loss = -torch.minimum(pi_ratio * advantages, clipped_ratio * advantages)
 
     stats = {}
     if beta != 0:
@@ -109,9 +121,23 @@ def grpo_loss(
         per_token_loss = per_token_loss + beta * kl
         stats["kl"] = mean_over_completions(kl.detach())
 
-    clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    clipped = ((advantages > 0) & (pi_ratio > 1 + clip_high)) | ((advantages < 0) & (pi_ratio < 1 - clip_low))
     stats["clip_fraction"] = mean_over_completions(clipped.float())
-    return mean_over_completions(per_token_loss), stats
+    return mean_over_completions(per_token_loss, own_lengths if length is None else length), stats
+
+
+def loss_length(mask: Tensor, loss_average: str, max_new_tokens: int) -> float | None:
+    """What grpo_loss divides the sum over each completion's tokens by, for the completions [N, T] of a whole step.
+
+        completion   None: by its own length, so that all completions weigh the same    arXiv 2402.03300, equation 3
+        token        the mean length over all ranks, so that all tokens do              DAPO, arXiv 2503.14476
+        constant     the longest possible length, the same in all steps                 Dr. GRPO, arXiv 2503.20783
+
+    Every rank has to call it, with as many completions as the others.
+    """
+    if loss_average == "token":
+        return mean_length(mask)
+    return float(max_new_tokens) if loss_average == "constant" else None
 
 
 @dataclass
@@ -126,7 +152,9 @@ class Rollout:
     old_logprobs: Tensor | None  # [N, T]; None where the policy has not changed since it sampled
 
 
-def accumulate_gradients(ddp_policy: DistributedDataParallel, rollouts: list[Rollout], args) -> dict[str, float]:
+def accumulate_gradients(
+    ddp_policy: DistributedDataParallel, rollouts: list[Rollout], args, length: float | None = None
+) -> dict[str, float]:
     """Backward through the loss of equally large rollouts, one after the other. Returns the loss and its stats.
 
     Leaves in the parameters the gradient of the mean loss over the rollouts of all ranks: gradients add up locally
@@ -146,6 +174,8 @@ def accumulate_gradients(ddp_policy: DistributedDataParallel, rollouts: list[Rol
                 args.clip_low,
                 args.clip_high,
                 args.beta,
+                length,
+                args.ratio,
             )
             (loss / len(rollouts)).backward()
         stats |= {"loss": loss, "entropy": entropy.sum() / rollout.mask.sum()}
@@ -181,7 +211,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
         accuracy = torch.tensor([accuracy_reward(text, answer) for text, answer in zip(texts, answers)])
         well_formed = torch.tensor([format_reward(text, args.template) for text in texts])
         rewards = (accuracy + well_formed).view(len(batch), args.group_size)
-        advantages = group_advantages(rewards)
+        advantages = group_advantages(rewards, args.normalize_std == "on")
 
         # 4. Log-probs of the reference and, if it is about to be updated more than once, of the policy that sampled.
         #    The prompts are split into equal parts, one forward and backward each (gradient accumulation).
@@ -201,10 +231,10 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
             rollouts.append(Rollout(*inputs, advantages.flatten()[rows].to(device), ref_logprobs, old_logprobs))
 
         # 5. Updates. With a single one the policy is still the one that sampled: its ratio is 1, nothing is clipped.
-        updates = []
+        length, updates = loss_length(mask, args.loss_average, args.max_new_tokens), []
         for _ in range(args.updates_per_rollout):
             with clock("train"):
-                updates.append(accumulate_gradients(learner.ddp_policy, rollouts, args))
+                updates.append(accumulate_gradients(learner.ddp_policy, rollouts, args, length))
             with clock("update"):
                 grad_norm = update(args, learner, step, lr)  # clips the gradient first
 
@@ -258,6 +288,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("beta", 0.04, "weight of the KL penalty; 0 holds no reference model")
     add("clip_low", 0.2, "the ratio is clipped below 1 minus this")
     add("clip_high", 0.2, "the ratio is clipped above 1 plus this")
+    add("ratio", "token", "of policy to old policy, per token or one per completion", choices=("token", "sequence"))
+    add("loss_average", "completion", "what the loss averages over: README.md", choices=("completion", "token", "constant"))
+    add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
     add("updates_per_rollout", 1, "optimizer steps on each rollout")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
 

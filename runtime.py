@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
@@ -235,6 +235,11 @@ def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
     means = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(means)
     return dict(zip(values, (means / dist.get_world_size()).tolist()))
+
+
+def mean_length(mask: Tensor) -> float:
+    """The mean number of tokens of completions with that mask [N, T], over all ranks, of which each has N."""
+    return mean_over_ranks({"length": mask.sum(dim=1).double().mean().item()}, mask.device)["length"]
 
 
 def peak_memory_gb(device: torch.device) -> float:

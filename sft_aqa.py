@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import target_text
 from policy import Prompt, encode_targets, slice_prompt
-from runtime import mean_over_ranks
+from runtime import mean_length
 from training import (
     Run,
     finish,
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
         parts = [(slice_prompt(prompt, i, i + size), targets[i : i + size], mask[i : i + size]) for i in starts]
 
         # 3. The gradient of the mean over all target tokens of the step, and the update.
-        length = mean_over_ranks({"tokens": mask.sum().item() / len(batch)}, device)["tokens"]
+        length = mean_length(mask)
         with clock("train"):
             metrics = accumulate_gradients(learner.ddp_policy, parts, length)
         with clock("update"):

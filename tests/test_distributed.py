@@ -9,13 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import toy
-from grpo_aqa import Rollout, accumulate_gradients
+from grpo_aqa import Rollout, accumulate_gradients, loss_length
 from optimizer import ShardedAdamW
 from policy import completion_logprobs, encode_prompts
 from runtime import data_parallel
 
 GROUP_SIZE, STEPS = 3, 10
-SETTINGS = Namespace(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
+SETTINGS = Namespace(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04, ratio="token")
 
 
 def fixed_completions(step, index, vocabulary):
@@ -51,7 +51,9 @@ def train(rank, world_size, parts, dtype, questions, folder):
             with torch.no_grad():
                 ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, SETTINGS.temperature)
             rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
-        accumulate_gradients(ddp_policy, rollouts, SETTINGS)
+        average = ("completion", "token")[step % 2]  # the second needs the lengths of all ranks and parts
+        length = loss_length(torch.cat([rollout.mask for rollout in rollouts]), average, max_new_tokens=5)
+        accumulate_gradients(ddp_policy, rollouts, SETTINGS, length)
         assert {p.grad.untyped_storage().data_ptr() for p in trained(model)} == gradient_bytes.keys()  # no second copy
         grad_norms.append(optimizer.step(lr=1e-4, max_grad_norm=1.0))
     outcome = {"weights": model.state_dict(), "grad_norms": grad_norms, "gradient_bytes": sum(gradient_bytes.values())}

@@ -1,11 +1,15 @@
 """group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
 
 import math
+from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing import assert_close
 
-from grpo_aqa import group_advantages, grpo_loss
+from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss, loss_length
 
 # ---- advantages ----
 
@@ -33,24 +37,25 @@ def test_equal_rewards_have_advantage_exactly_zero(value, size):
 # ---- loss ----
 
 
-def loss_by_loops(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta):
-    """The equation, one scalar at a time."""
+def loss_by_loops(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta, length=None, ratio="token"):
+    """The equation, one scalar at a time: loss, KL and clipped share."""
     per_completion, kls, clips = [], [], []
     for i in range(len(logprobs)):
+        tokens = [t for t in range(len(logprobs[i])) if mask[i][t]]
         terms, kl_terms, clip_terms = [], [], []
-        for t in range(len(logprobs[i])):
-            if not mask[i][t]:
-                continue
-            ratio = math.exp(logprobs[i][t] - old[i][t])
-            unclipped = ratio * advantages[i]
-            clipped = min(max(ratio, 1 - clip_low), 1 + clip_high) * advantages[i]
+        for t in tokens:
+            weight = math.exp(logprobs[i][t] - old[i][t])
+            if ratio == "sequence":
+                weight = math.prod(math.exp(logprobs[i][u] - old[i][u]) for u in tokens) ** (1 / len(tokens))
+            unclipped = weight * advantages[i]
+            clipped = min(max(weight, 1 - clip_low), 1 + clip_high) * advantages[i]
             kl = math.exp(ref[i][t] - logprobs[i][t]) - (ref[i][t] - logprobs[i][t]) - 1 if beta else 0.0
             terms.append(-(min(unclipped, clipped) - beta * kl))
             kl_terms.append(kl)
             clip_terms.append(float(clipped < unclipped))
-        per_completion.append(sum(terms) / len(terms))
-        kls.append(sum(kl_terms) / len(kl_terms))
-        clips.append(sum(clip_terms) / len(clip_terms))
+        per_completion.append(sum(terms) / (len(tokens) if length is None else length))
+        kls.append(sum(kl_terms) / len(tokens))
+        clips.append(sum(clip_terms) / len(tokens))
     return tuple(sum(values) / len(values) for values in (per_completion, kls, clips))
 
 
@@ -63,12 +68,19 @@ def random_case(seed, n=6, t=5):
     return logprobs, old, ref, torch.randn(n, generator=g), torch.arange(t) < lengths[:, None]
 
 
+VARIANTS = [{}, {"length": 2.6}, {"length": 256.0}]
+VARIANTS += [variant | {"ratio": "sequence"} for variant in VARIANTS]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_loss_is_the_equation(seed, beta):
+def test_loss_is_the_equation(seed, beta, variant):
+    """And the stats are means over completions of means over their tokens, whatever the loss is divided by."""
     logprobs, old, ref, advantages, mask = random_case(seed)
-    loss, stats = grpo_loss(logprobs, old, ref if beta else None, advantages, mask, 0.2, 0.3, beta)
-    expected = loss_by_loops(*(x.tolist() for x in (logprobs, old, ref, advantages, mask)), 0.2, 0.3, beta)
+    loss, stats = grpo_loss(logprobs, old, ref if beta else None, advantages, mask, 0.2, 0.3, beta, **variant)
+    tolists = [x.tolist() for x in (logprobs, old, ref, advantages, mask)]
+    expected = loss_by_loops(*tolists, 0.2, 0.3, beta, **variant)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
     assert stats["clip_fraction"].item() == pytest.approx(expected[2], abs=1e-6)
     assert ("kl" in stats) == (beta != 0)
@@ -76,11 +88,12 @@ def test_loss_is_the_equation(seed, beta):
         assert stats["kl"].item() == pytest.approx(expected[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_gradient_is_that_of_finite_differences(beta):
+def test_gradient_is_that_of_finite_differences(exact, beta, variant):
     logprobs, old, ref, advantages, mask = (x.double() if x.is_floating_point() else x for x in random_case(9))
     logprobs.requires_grad_(True)
-    grpo_loss(logprobs, old, ref, advantages, mask, 0.2, 0.3, beta)[0].backward()
+    grpo_loss(logprobs, old, ref, advantages, mask, 0.2, 0.3, beta, **variant)[0].backward()
     tolists = [x.tolist() for x in (old, ref, advantages, mask)]
     for i in range(len(logprobs)):
         for t in range(logprobs.shape[1]):
@@ -88,8 +101,8 @@ def test_gradient_is_that_of_finite_differences(beta):
             for epsilon in (1e-5, -1e-5):
                 moved = logprobs.detach().clone()
                 moved[i, t] += epsilon
-                shifted.append(loss_by_loops(moved.tolist(), *tolists, 0.2, 0.3, beta)[0])
-            assert logprobs.grad[i, t].item() == pytest.approx((shifted[0] - shifted[1]) / 2e-5, rel=1e-3, abs=1e-6)
+                shifted.append(loss_by_loops(moved.tolist(), *tolists, 0.2, 0.3, beta, **variant)[0])
+            assert logprobs.grad[i, t].item() == pytest.approx((shifted[0] - shifted[1]) / 2e-5, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -122,13 +135,14 @@ def test_equal_rewards_leave_only_the_kl_gradient():
     assert torch.equal(logprobs.grad, torch.zeros_like(logprobs))
 
 
-def test_what_the_mask_excludes_has_no_effect_even_if_it_is_not_finite():
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_what_the_mask_excludes_has_no_effect_even_if_it_is_not_finite(variant):
     logprobs, old, ref, advantages, mask = random_case(4)
     clean = logprobs.clone().requires_grad_(True)
     dirty = logprobs.masked_fill(~mask, float("nan")).requires_grad_(True)
     losses = []
     for x, o, r in ((clean, old, ref), (dirty, old.masked_fill(~mask, 1e30), ref.masked_fill(~mask, -torch.inf))):
-        losses.append(grpo_loss(x, o, r, advantages, mask, 0.2, 0.2, 0.04)[0])
+        losses.append(grpo_loss(x, o, r, advantages, mask, 0.2, 0.2, 0.04, **variant)[0])
         losses[-1].backward()
     assert torch.equal(losses[0], losses[1])
     assert torch.equal(clean.grad, dirty.grad)
@@ -140,3 +154,118 @@ def test_loss_is_float32_for_bfloat16_inputs():
     loss, _ = grpo_loss(*inputs, 0.2, 0.2, 0.04)
     exact, _ = grpo_loss(*(x.float() for x in inputs), 0.2, 0.2, 0.04)
     assert loss.dtype == torch.float32 and torch.equal(loss, exact)
+
+
+# ---- variants ----
+
+
+@pytest.fixture
+def one_process():
+    """This process as a group of its own."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_what_a_completion_is_divided_by(one_process):
+    """None, the mean number of tokens and the longest possible number of them."""
+    mask = torch.arange(7) < torch.tensor([[3], [7], [1], [6]])
+    lengths = [loss_length(mask, average, 16) for average in ("completion", "token", "constant")]
+    assert lengths == [None, 17 / 4, 16.0]
+
+
+class FixedLogprobs:
+    """A policy whose log-probs are its parameters, found by a rollout's first token; called as a DDP module is."""
+
+    def __init__(self, logprobs):
+        self.logprobs = [rows.clone().requires_grad_(True) for rows in logprobs]
+
+    def __call__(self, prompt, completions, mask, temperature):
+        rows = self.logprobs[completions[0, 0]]
+        return rows, torch.zeros_like(rows)
+
+    def no_sync(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_token_average_weighs_all_tokens_of_all_ranks_and_parts_the_same(exact, ratio):
+    """DAPO: two ranks of two parts have the gradient of one mean over all their tokens, however unequally they share
+    them. The mean length that accumulate_gradients gets is that of all; a part's own would give another gradient."""
+    parts = [[x.double() if x.is_floating_point() else x for x in random_case(seed)] for seed in (1, 2, 3, 4)]
+    for longest, part in enumerate(parts, start=2):  # completions of 1 or 2 tokens, of 2 or 3, ...
+        part[4] = torch.arange(5) < torch.tensor([longest - 1, longest, longest - 1])[:, None].repeat(2, 1)
+    tokens = [int(part[4].sum()) for part in parts]
+    assert tokens == [8, 14, 20, 26]
+    everything = torch.cat([part[0] for part in parts]).requires_grad_(True)
+    old, ref, advantages, mask = (torch.cat(tensors) for tensors in list(zip(*parts))[1:])
+    log_ratio = everything - old
+    if ratio == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1))[:, None].expand_as(mask)
+    weight, a = log_ratio.exp(), advantages[:, None]
+    objective = torch.minimum(weight * a, weight.clip(0.8, 1.28) * a)
+    kl = (ref - everything).exp() - (ref - everything) - 1
+    mean = -(objective - 0.04 * kl)[mask].sum() / sum(tokens)
+    mean.backward()
+
+    length = sum(tokens) / len(everything)  # what loss_length returns on every rank
+    args = Namespace(temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.04, ratio=ratio)
+    losses, gradients = [], []
+    for rank in (parts[:2], parts[2:]):
+        policy = FixedLogprobs([part[0] for part in rank])
+        rollouts = [Rollout(None, torch.full((6, 5), i), p[4], p[3], p[2], p[1]) for i, p in enumerate(rank)]
+        losses.append(accumulate_gradients(policy, rollouts, args, length)["loss"])
+        gradients += [rows.grad / 2 for rows in policy.logprobs]  # averaged over the ranks
+    assert sum(losses) / 2 == pytest.approx(mean.item(), rel=1e-12)
+    assert_close(torch.cat(gradients), everything.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequence_ratio_is_gspo(exact, seed):
+    """J = mean_i min(s_i A_i, clip(s_i) A_i) with s_i = (pi(y_i) / pi_old(y_i))^(1 / |y_i|): arXiv 2507.18071."""
+    logprobs, old, _, advantages, mask = (x.double() if x.is_floating_point() else x for x in random_case(seed))
+    ours, theirs = logprobs.clone().requires_grad_(True), logprobs.clone().requires_grad_(True)
+    likelihoods = [(theirs[i][mask[i]].exp().prod(), old[i][mask[i]].exp().prod()) for i in range(len(mask))]
+    s = torch.stack([(new / before) ** (1 / int(mask[i].sum())) for i, (new, before) in enumerate(likelihoods)])
+    expected = -torch.minimum(s * advantages, s.clip(0.9, 1.1) * advantages).mean()
+    loss, stats = grpo_loss(ours, old, None, advantages, mask, 0.1, 0.1, 0.0, ratio="sequence")
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+    clipped = (ours.grad == 0).all(dim=1)
+    assert stats["clip_fraction"].item() == pytest.approx(clipped.double().mean().item()) and 0 < clipped.sum() < 6
+
+
+@pytest.mark.parametrize("length", [None, 2.6])
+def test_ratios_differ_only_once_the_policy_has_moved(exact, length):
+    """At pi = pi_old both have the same loss and gradient; after a step, a token alone may be clipped, or all."""
+    logprobs, old, _, advantages, mask = (x.double() if x.is_floating_point() else x for x in random_case(6))
+    found = []
+    for ratio in ("token", "sequence"):
+        for before in (logprobs, old):
+            moved = logprobs.clone().requires_grad_(True)
+            loss, _ = grpo_loss(moved, before, None, advantages, mask, 0.2, 0.2, 0.0, length, ratio)
+            loss.backward()
+            found.append((loss.detach(), moved.grad))
+    assert_close(found[0], found[2], rtol=1e-12, atol=1e-14)
+    assert (found[1][0] - found[3][0]).abs() > 1e-3
+
+    up_and_down = torch.tensor([[math.log(1.5), -math.log(1.5)]])  # one token is clipped; the mean is not
+    inputs = up_and_down, 0 * up_and_down, None, torch.ones(1), torch.ones(1, 2), 0.2, 0.2, 0.0
+    for ratio, share in (("token", 0.5), ("sequence", 0.0)):
+        _, stats = grpo_loss(*inputs, length, ratio)
+        assert stats["clip_fraction"].item() == share
+
+
+def test_constant_length_and_no_deviation_make_the_plain_policy_gradient(exact):
+    """Dr. GRPO: before the policy moves, each token's weight is r - mean(r), whatever the group and the length."""
+    logprobs, _, _, _, mask = (x.double() if x.is_floating_point() else x for x in random_case(7))
+    rewards = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 2.0]], dtype=torch.float64)
+    logprobs.requires_grad_(True)
+    advantages = group_advantages(rewards, normalize_std=False).flatten()
+    grpo_loss(logprobs, logprobs.detach(), None, advantages, mask, 0.2, 0.2, 0.0, length=16.0)[0].backward()
+    for i, weight in enumerate([1, 0, -1, -1 / 3, -1 / 3, 2 / 3]):
+        for t in range(mask.shape[1]):
+            expected = -weight / (6 * 16) if mask[i, t] else 0.0
+            assert logprobs.grad[i, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
