@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError
+from data import TEMPLATES, InputError
+from lora import lora_layers, save_adapter
 from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 
 # What a run leaves in its folder, beside step_000100/, step_000200/, ...
@@ -73,7 +74,7 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
                 remove(unfinished)
         for earlier in step_folders(out / "resume")[:-1] if state else []:
             remove(earlier)
-        require_disk_space(out, policy)
+        _require_disk_space(out, policy)
         if state:
             _continue_run(out, config, state)
         else:
@@ -146,13 +147,39 @@ def log_completions(path: Path, step: int, questions, prompts, texts, rewards, a
 
 # ---- Hugging Face checkpoints ----
 
+REMEMBERED = "aqa.json"  # in a checkpoint: what transformers and peft have no place for
 
-def save_checkpoint(folder: Path, model, processor) -> None:
-    """Write model and processor as a Hugging Face folder, in place of one of that name if there is one."""
+
+def save_checkpoint(folder: Path, model, processor, template: str | None = None) -> None:
+    """Write model and processor as a Hugging Face folder, in place of one of that name if there is one.
+
+    Of a model with LoRA, the folder is a PEFT adapter's. `template`, the one that the model was trained with, is
+    remembered in it.
+    """
     unfinished = _begin(folder)
-    model.save_pretrained(unfinished, max_shard_size="5GB")
+    if lora_layers(model):
+        save_adapter(model, unfinished)
+    else:
+        model.save_pretrained(unfinished, max_shard_size="5GB")
     processor.save_pretrained(unfinished)
+    if template:
+        (unfinished / REMEMBERED).write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
     _finish(folder)
+
+
+def remembered_template(folder: str | Path) -> str | None:
+    """The template that a checkpoint was trained with; None if it does not say, as others' don't. Raises InputError."""
+    file = Path(folder, REMEMBERED)
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))["template"]
+        if template not in TEMPLATES:
+            raise ValueError(f"no such template: {template}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: cannot be used ({reason}); remove it, and give the template by --template") from None
+    return template
 
 
 # ---- resume state ----
@@ -162,11 +189,13 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     """Write all that is needed to go on after progress["step"], and remove the state before it. All ranks call this.
 
     progress: what else the training loop wants back, as JSON holds it. Each rank writes one file: the optimizer state
-    of the parameters that it owns, by name, and its random generator's. Weights are those states' masters, rounded.
+    of the parameters that it owns, by name, and the states of its random generators: the one that it samples with, and
+    torch's default ones, which dropout draws from. Weights are those optimizer states' masters, rounded.
     """
     folder = out / "resume" / f"step_{progress['step']:06d}"
     unfinished = on_rank_0(lambda: _begin(folder))
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
+    rank_state["dropout"] = {device: default.get_state() for device, default in _default_generators(generator).items()}
     torch.save(rank_state, unfinished / f"rank_{dist.get_rank()}.pt")
     _sync(unfinished / f"rank_{dist.get_rank()}.pt")
     wait_for_all_ranks()
@@ -196,7 +225,10 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
         saved = {name: state for rank in ranks for name, state in rank["optimizer"].items()}
         optimizer.load_state(saved)
         if dist.get_rank() < len(ranks):  # of more processes than before, the new ones begin their own sequence
-            generator.set_state(ranks[dist.get_rank()]["generator"])
+            own = ranks[dist.get_rank()]
+            generator.set_state(own["generator"])
+            for device, default in _default_generators(generator).items():
+                default.set_state(own["dropout"][device])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {reason})") from None
@@ -205,23 +237,41 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
     return progress
 
 
+def _default_generators(like: torch.Generator) -> dict[str, torch.Generator]:
+    """torch's default generators of the CPU and, if `like` is one of a GPU, of that."""
+    generators = {"cpu": torch.default_generator}
+    if like.device.type == "cuda":
+        generators["cuda"] = torch.cuda.default_generators[like.device.index or 0]
+    return generators
+
+
 # ---- saving ----
 
 
-def save_run(out: Path, progress: dict, policy, processor, optimizer, generator, checkpoint: bool, keep_last: int):
+def save_run(
+    out: Path,
+    progress: dict,
+    policy,
+    processor,
+    optimizer,
+    generator,
+    checkpoint: bool,
+    keep_last: int,
+    template: str | None = None,
+) -> None:
     """Save a run at the end of step progress["step"]: its state and, if asked for, a checkpoint. All ranks call this.
 
-    Of the checkpoints, the newest `keep_last` stay; 0 keeps all. Raises SharedInputError before anything is touched if
+    The checkpoint remembers `template`. Of the checkpoints, the newest `keep_last` stay; 0 keeps all. Raises SharedInputError before anything is touched if
     the disk has too little room.
     """
     step = progress["step"]
 
     def write_checkpoint():
-        size = require_disk_space(out, policy, checkpoint)
+        size = _require_disk_space(out, policy, checkpoint)
         tqdm.write(f"step {step}: saving {'checkpoint and ' if checkpoint else ''}resume state, {size / 1e9:.2f} GB")
         sys.stdout.flush()
         if checkpoint:
-            save_checkpoint(out / f"step_{step:06d}", policy, processor)
+            save_checkpoint(out / f"step_{step:06d}", policy, processor, template)
             for folder in step_folders(out)[:-keep_last] if keep_last else []:
                 remove(folder)
         draw_curves(out)
@@ -230,13 +280,24 @@ def save_run(out: Path, progress: dict, policy, processor, optimizer, generator,
     save_state(out, progress, optimizer, generator)
 
 
-def require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
-    """The bytes that the next save takes, rounded up a little. Raises InputError if the disk has less room."""
-    size = sum(12 * p.numel() for p in policy.parameters() if p.requires_grad)  # of the state: master and two moments
+def save_bytes(policy, checkpoint: bool = True) -> int:
+    """The bytes that a save takes, rounded up a little: of the state and, if asked for, of a checkpoint, which is that
+    of the adapter alone for a policy with LoRA. Takes a policy on torch's meta device as well."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    size = sum(12 * p.numel() for p in trained)  # of the state: master and two moments
     if checkpoint:
-        size += sum(p.numel() * p.element_size() for p in policy.parameters())
-    size += 20_000_000  # processor, metrics, curves
-    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+        size += sum(p.numel() * p.element_size() for p in (trained if lora_layers(policy) else policy.parameters()))
+    return size + 20_000_000  # processor, metrics, curves
+
+
+def free_bytes(out: Path) -> int:
+    """The bytes that are free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+
+
+def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
+    """The bytes that the next save takes. Raises InputError if the disk has less room."""
+    size, free = save_bytes(policy, checkpoint), free_bytes(out)
     if free < size:
         raise InputError(
             f"{out}: the next save takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room "

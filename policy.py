@@ -27,6 +27,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 from decoding import GroupDecoder
+from lora import adapter_base, is_adapter, merge_adapter
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns, and what listen adds to it
 PROMPT = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
@@ -36,7 +37,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_model(name_or_path: str) -> None:
-    """Raise InputError unless a Hugging Face name or folder is a Qwen2-Audio model. Loads no weights."""
+    """Raise InputError unless a Hugging Face name or folder is a Qwen2-Audio model, or a folder a LoRA adapter of one.
+    Loads no weights."""
+    if is_adapter(name_or_path):
+        base = adapter_base(name_or_path)
+        try:
+            if os.path.isabs(base) and not os.path.exists(base):
+                raise InputError("it is not there")
+            check_model(base)
+        except InputError as error:
+            raise InputError(
+                f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "
+                "name another place as base_model_name_or_path in adapter_config.json"
+            ) from None
+        return
     if os.path.exists(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
         raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
     with _one_line_errors(name_or_path):
@@ -48,28 +62,34 @@ def check_model(name_or_path: str) -> None:
 def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     """Load a Qwen2-Audio model and its processor by Hugging Face name or folder. Raises InputError.
 
-    The model is in eval mode, and stays there in training: the same tokens must have the same log-probs each time.
+    The folder of a LoRA adapter gives its base, loaded in `dtype`, with the adapter merged into it. The model is in eval mode, and stays there in training: the same tokens must have the same log-probs each time.
     """
     check_model(name_or_path)
-    with _one_line_errors(name_or_path):
-        processor = AutoProcessor.from_pretrained(name_or_path)
-        model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
-            name_or_path, dtype=dtype, output_loading_info=True
-        )
-        if loaded["missing_keys"]:  # transformers would go on with random weights in their place
-            raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
+    if is_adapter(name_or_path):
+        model, _ = load_policy(adapter_base(name_or_path), dtype, device)
+        with _one_line_errors(name_or_path, "a LoRA adapter"):
+            processor = AutoProcessor.from_pretrained(name_or_path)
+            merge_adapter(model, name_or_path)
+    else:
+        with _one_line_errors(name_or_path):
+            processor = AutoProcessor.from_pretrained(name_or_path)
+            model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
+                name_or_path, dtype=dtype, output_loading_info=True
+            )
+            if loaded["missing_keys"]:  # transformers would go on with random weights in their place
+                raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
     processor.tokenizer.padding_side = "left"
     model.model.audio_tower.embed_positions.requires_grad_(False)  # fixed by design; loading forgets it
     return model.to(device).eval(), processor
 
 
 @contextmanager
-def _one_line_errors(name_or_path: str):
+def _one_line_errors(name_or_path: str, what: str = "a Qwen2-Audio model"):
     try:
         yield
     except Exception as error:  # transformers, safetensors and tokenizers raise all kinds for files they can't use
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name_or_path}: cannot be loaded as a Qwen2-Audio model ({reason})") from None
+        raise InputError(f"{name_or_path}: cannot be loaded as {what} ({reason})") from None
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -341,7 +361,7 @@ def token_scores(lm_head, hidden: Tensor, tokens: Tensor, temperature: float) ->
 
 def _run(function, *inputs, checkpointing: bool):
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+        return checkpoint(function, *inputs, use_reentrant=False)  # the dropout of an adapter is random, and kept
     return function(*inputs)
 
 

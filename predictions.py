@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoint import write_text
 from data import InputError
+from lora import adapter_base, is_adapter
 from reward import prediction
 from scores import majority_vote
 
@@ -48,9 +49,12 @@ def identify_questions(records: list[dict], clips: list[str | None]) -> str:
 
 
 def identify_checkpoint(checkpoint: str) -> list:
-    """A checkpoint's name with its files' names, sizes and times: what tells it from another of that name."""
+    """A checkpoint's name with its files' names, sizes and times: what tells it from another of that name. Those of its
+    base are among an adapter's."""
     files = sorted({path for pattern in MODEL_FILES for path in Path(checkpoint).glob(pattern)})
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    if is_adapter(checkpoint):
+        stats.append(identify_checkpoint(adapter_base(checkpoint)))
     return [os.path.abspath(checkpoint) if files else checkpoint, *stats]
 
 
