@@ -261,8 +261,8 @@ def save_run(
 ) -> None:
     """Save a run at the end of step progress["step"]: its state and, if asked for, a checkpoint. All ranks call this.
 
-    The checkpoint remembers `template`. Of the checkpoints, the newest `keep_last` stay; 0 keeps all. Raises SharedInputError before anything is touched if
-    the disk has too little room.
+    The checkpoint remembers `template`. Of the checkpoints, the newest `keep_last` stay; 0 keeps all. Raises
+    SharedInputError before anything is touched if the disk has too little room.
     """
     step = progress["step"]
 

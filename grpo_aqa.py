@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import log_completions
 from data import build_prompt
 from decoding import GroupDecoder
+from lora import adapter_off, dropout_on
 from policy import Prompt, completion_logprobs, decode_text, sample_group, slice_prompt, stop_token_ids
 from reward import accuracy_reward, format_reward
 from runtime import mean_length
@@ -191,8 +192,8 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     """The whole run: load, score, loop over steps, save, score again."""
     policy, processor = load_policy_to_train(args, device)
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
-    if args.beta != 0:
-        reference = copy.deepcopy(policy).requires_grad_(False)
+    if args.beta != 0:  # with LoRA, it is the policy with its adapter off
+        reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False)
     learner = start(args, run, policy, processor, device)
     stop_ids = stop_token_ids(policy, processor)
     decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph == "on")
@@ -223,7 +224,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
             ref_logprobs = old_logprobs = None
             with torch.no_grad():
                 if reference is not None:
-                    with clock("reference"):
+                    with clock("reference"), adapter_off(policy):
                         ref_logprobs, _ = completion_logprobs(reference, *inputs, args.temperature)
                 if args.updates_per_rollout > 1:
                     with clock("train"):
@@ -233,7 +234,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
         # 5. Updates. With a single one the policy is still the one that sampled: its ratio is 1, nothing is clipped.
         length, updates = loss_length(mask, args.loss_average, args.max_new_tokens), []
         for _ in range(args.updates_per_rollout):
-            with clock("train"):
+            with clock("train"), dropout_on(policy):
                 updates.append(accumulate_gradients(learner.ddp_policy, rollouts, args, length))
             with clock("update"):
                 grad_norm = update(args, learner, step, lr)  # clips the gradient first
@@ -274,14 +275,13 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
 # ---- command line ----
 
+PAPER = dict(out="runs/<model's name>", lr=1e-6)
 # Without --model, these take the place of the defaults, which are the paper's.
 TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4, dtype="float32")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    description = "Train Qwen2-Audio on audio questions with GRPO."
-    template = "prompt template, and with it the rewarded format"
-    parser = shared_settings(description, TOY, out="runs/<model's name>", template=template, lr=1e-6)
+    parser = shared_settings("Train Qwen2-Audio on audio questions with GRPO.", PAPER, TOY)
     add = partial(add_setting, parser.add_argument_group("GRPO"))
     add("group_size", 8, "completions sampled per question")
     add("temperature", 1.0, "of sampling, and of all log-probs")
@@ -289,12 +289,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("clip_low", 0.2, "the ratio is clipped below 1 minus this")
     add("clip_high", 0.2, "the ratio is clipped above 1 plus this")
     add("ratio", "token", "of policy to old policy, per token or one per completion", choices=("token", "sequence"))
-    add("loss_average", "completion", "what the loss averages over: README.md", choices=("completion", "token", "constant"))
+    averages = ("completion", "token", "constant")
+    add("loss_average", "completion", "a token's loss is divided by what loss_length says", choices=averages)
     add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
     add("updates_per_rollout", 1, "optimizer steps on each rollout")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
 
-    args = parse_settings(parser, argv, TOY)
+    args = parse_settings(parser, argv, PAPER, TOY)
     check_at_least(parser, args, 2, "group_size")
     check_at_least(parser, args, 1, "updates_per_rollout", "log_completions_every")
     if args.temperature <= 0:

@@ -62,7 +62,8 @@ def check_model(name_or_path: str) -> None:
 def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     """Load a Qwen2-Audio model and its processor by Hugging Face name or folder. Raises InputError.
 
-    The folder of a LoRA adapter gives its base, loaded in `dtype`, with the adapter merged into it. The model is in eval mode, and stays there in training: the same tokens must have the same log-probs each time.
+    The folder of a LoRA adapter gives its base, loaded in `dtype`, with the adapter merged into it. The model is in
+    eval mode, and stays there in training: the same tokens must have the same log-probs each time.
     """
     check_model(name_or_path)
     if is_adapter(name_or_path):

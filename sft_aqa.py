@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from data import target_text
+from lora import dropout_on
 from policy import Prompt, encode_targets, slice_prompt
 from runtime import mean_length
 from training import (
@@ -89,7 +90,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
         # 3. The gradient of the mean over all target tokens of the step, and the update.
         length = mean_length(mask)
-        with clock("train"):
+        with clock("train"), dropout_on(policy):
             metrics = accumulate_gradients(learner.ddp_policy, parts, length)
         with clock("update"):
             metrics["grad_norm"] = update(args, learner, step, lr)  # clips the gradient first
@@ -109,15 +110,14 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
 # ---- command line ----
 
-# Without --model, these take the place of the defaults. The toy's base model and questions are GRPO's.
+DEFAULTS = dict(out="runs/<model's name>_sft", lr=1e-5)
+# Without --model, these take their place. The toy's base model and questions are GRPO's.
 TOY = dict(out="runs/toy_sft", steps=360, accumulation_steps=1, max_new_tokens=16, lr=1e-3, dtype="float32")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    description = "Train Qwen2-Audio on audio questions by supervised fine-tuning."
-    template = "prompt template, and with it the target's form"
-    parser = shared_settings(description, TOY, out="runs/<model's name>_sft", template=template, lr=1e-5)
-    args = parse_settings(parser, argv, TOY, suffix="_sft")
+    parser = shared_settings("Train Qwen2-Audio on audio questions by supervised fine-tuning.", DEFAULTS, TOY)
+    args = parse_settings(parser, argv, DEFAULTS, TOY)
     if args.template == "think":
         parser.error("--template think has no targets: question files hold answers without thoughts")
     return args

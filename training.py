@@ -19,9 +19,20 @@ from tqdm import tqdm
 import toy
 from answering import heldout_table, score_greedily
 from checkpoint import append_jsonl, find_state, load_state, open_run, save_run
-from data import TEMPLATES, Question, check_answers, digest, load_questions, step_indices
+from data import TEMPLATES, InputError, Question, check_answers, digest, load_questions, step_indices
+from lora import add_lora
 from optimizer import ShardedAdamW
-from policy import DTYPES, Prompt, check_model, encode_ahead, encode_prompts, pick_dtype, to_device
+from policy import (
+    DTYPES,
+    Prompt,
+    check_model,
+    encode_ahead,
+    encode_prompts,
+    freeze_audio_tower,
+    listen,
+    pick_dtype,
+    to_device,
+)
 from runtime import (
     Clock,
     SharedInputError,
@@ -42,6 +53,9 @@ from runtime import (
 # Without --model: made where they are missing, and shared by the scripts.
 TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, toy.paths(Path("runs/toy")))
 TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
+MODEL_NAME = "<model's name>"  # in a default of --out
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the language model's; three, the tower's too
+LORA_LR = 10  # adapters begin at zero and are few: they take a higher learning rate, by this factor if none is given
 
 
 def add_setting(parser: argparse.ArgumentParser, name: str, default, help: str, **kwargs) -> None:
@@ -50,8 +64,9 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default, help: str, 
     parser.add_argument(f"--{name}", default=default, type=kind, help=help + shown, **kwargs)
 
 
-def shared_settings(description: str, toy_defaults: dict, **defaults) -> argparse.ArgumentParser:
-    """The command line that the scripts share; `defaults` are those in which they differ. Others can be added."""
+def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> argparse.ArgumentParser:
+    """The command line that the scripts share. `defaults` are those in which they differ, `toy_defaults` those that
+    take their place without --model. Others can be added."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--model NAME --data FILE] [settings]",
         description=f"{description} Without --model: the toy, which needs no GPU. Its defaults: "
@@ -70,9 +85,10 @@ def shared_settings(description: str, toy_defaults: dict, **defaults) -> argpars
     add("steps", 1000, "batches of questions to train on")
     add("prompts_per_rank", 2, "questions per process and step")
     add("accumulation_steps", 2, "forward and backward passes that these are split into")
-    add("template", "answer", defaults["template"], choices=TEMPLATES)
+    add("template", "answer", "prompt template, and with it the form of an answer", choices=TEMPLATES)
     add("max_new_tokens", 256, "longest completion, in tokens")
-    add("lr", defaults["lr"], "learning rate of AdamW at the start; it decays linearly to 0")
+    lr = f"[{defaults['lr']:g}; with LoRA {LORA_LR * defaults['lr']:g}]"
+    parser.add_argument("--lr", type=float, help=f"learning rate of AdamW at the start; it decays linearly to 0 {lr}")
     add("max_grad_norm", 1.0, "gradients are scaled down to this global norm")
     add("seed", 0, "of the order of questions and of all that is drawn")
     add("dtype", "auto", "of the weights; auto is bfloat16 on a GPU, else float32", choices=("auto", *DTYPES))
@@ -80,28 +96,38 @@ def shared_settings(description: str, toy_defaults: dict, **defaults) -> argpars
     add("cuda_graph", "on", "decode by CUDA graphs, on a GPU", choices=("on", "off"))
     add("save_every", 100, "steps from one checkpoint and resume state to the next")
     add("keep_last", 0, "newest checkpoints to keep; 0 keeps all")
+    add("lora_rank", 0, "train low-rank adapters of this rank (LoRA); 0 trains all weights")
+    add("lora_alpha", 32.0, "an adapter's product is scaled by this over its rank")
+    add("lora_dropout", 0.0, "share of an adapter's inputs dropped in training")
+    add("lora_targets", LORA_TARGETS, "linear layers that get adapters, by name")
+    parser.add_argument("--freeze_audio_tower", action="store_true", help="leave the audio tower as it is")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest state")
     return parser
 
 
-def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None, toy_defaults: dict, suffix: str = ""):
-    """Parse and check what shared_settings asks for. Without --model, `toy_defaults` take the place of the defaults;
-    with it, the run folder is named after the model, with `suffix`."""
+def parse_settings(
+    parser: argparse.ArgumentParser, argv: list[str] | None, defaults: dict, toy_defaults: dict
+) -> argparse.Namespace:
+    """Parse and check what shared_settings asks for; the dictionaries are the same as there."""
     args = parser.parse_args(argv)
     if args.model is None:
         if args.data:
             parser.error("--data needs --model (`python toy.py --questions FILE --out DIR` makes a tiny one)")
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        parser.set_defaults(model=TOY_MODEL, data=TOY_DATA, heldout=TOY_HELDOUT, **toy_defaults)
+        parser.set_defaults(model=TOY_MODEL, data=TOY_DATA, heldout=TOY_HELDOUT, **toy_defaults | {"lr": None})
         parser.set_defaults(prompts_per_rank=max(1, TOY_PROMPTS // processes))
-        args = parser.parse_args(argv)
+        args, defaults = parser.parse_args(argv), toy_defaults
     elif args.data is None:
         parser.error("--model needs --data, a file of training questions")
-    elif args.out is None:
-        args.out = f"runs/{Path(args.model).name}{suffix}"
+    if args.out is None:
+        args.out = defaults["out"].replace(MODEL_NAME, Path(args.model).name)
+    if args.lr is None:
+        args.lr = defaults["lr"] * (LORA_LR if args.lora_rank else 1)
 
     check_at_least(parser, args, 1, "steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "save_every")
-    check_at_least(parser, args, 0, "keep_last")
+    check_at_least(parser, args, 0, "keep_last", "lora_rank")
+    if not 0 <= args.lora_dropout < 1:
+        parser.error(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     if args.prompts_per_rank % args.accumulation_steps:
         parser.error("--prompts_per_rank must be a multiple of --accumulation_steps")
     return args
@@ -171,8 +197,17 @@ def prepare(args: argparse.Namespace, method: str, started_by: list[str]) -> Run
 
 
 def load_policy_to_train(args: argparse.Namespace, device: torch.device):
-    """The starting checkpoint and its processor. Returns (model, processor)."""
-    return load_on_all_ranks(args.model, pick_dtype(args.dtype, device), device)
+    """The starting checkpoint, of which what is to be trained requires gradients. Returns (model, processor)."""
+    policy, processor = load_on_all_ranks(args.model, pick_dtype(args.dtype, device), device)
+    if args.freeze_audio_tower:
+        freeze_audio_tower(policy)
+    if args.lora_rank:
+        how = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(",")
+        try:
+            add_lora(policy, args.model, *how, args.freeze_audio_tower, args.seed)
+        except InputError as error:
+            raise SharedInputError(str(error)) from None
+    return policy, processor
 
 
 def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.device) -> Learner:
@@ -181,7 +216,9 @@ def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.d
     any_prompt = to_device(encode_prompts(processor, run.questions[:1], args.template), device)
     ddp_policy = data_parallel(policy, any_prompt, checkpointing)
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
-    generator = torch.Generator(device).manual_seed(args.seed * 100_003 + dist.get_rank())
+    seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own
+    generator = torch.Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)  # for dropout
     open_run(Path(args.out), run.config, run.state, policy)
     if run.state:
         progress = load_state(run.state, optimizer, generator)
@@ -217,6 +254,9 @@ def steps_to_take(
         with clock("data"):
             batch, prompt = next(batches)
             prompt = to_device(prompt, device)
+        if args.freeze_audio_tower:
+            with clock("listen"):
+                prompt = listen(learner.policy, prompt)  # once for all that is computed from it
         yield step, args.lr * (1 - (step - 1) / args.steps), batch, prompt, clock  # linear decay to 0
 
 
@@ -260,7 +300,7 @@ def save_if_due(args: argparse.Namespace, learner: Learner, step: int, stopping:
     due = step % args.save_every == 0 or step == args.steps
     if due or stopping:
         what = learner.policy, learner.processor, learner.optimizer, learner.generator
-        save_run(Path(args.out), learner.progress, *what, due, args.keep_last)
+        save_run(Path(args.out), learner.progress, *what, due, args.keep_last, args.template)
 
 
 def finish(args: argparse.Namespace, run: Run, learner: Learner, method: str) -> None:
