@@ -3,6 +3,7 @@
     python eval_mmau.py --ckpt runs/NAME/step_000500      one checkpoint; under torchrun the questions are shared
     python eval_mmau.py --ckpt runs/NAME                  every checkpoint of a run
     python eval_mmau.py --compare A.json B.json           two predictions files
+    python eval_mmau.py --ckpt ADAPTER --merge OUT        a LoRA adapter's base with the adapter merged, as a model
 
 Decodes greedily and scores what each completion answers with MMAU's rule. The predictions file holds the input's own
 records, each with `model_prediction` and `model_output`, both the answer, since MMAU's evaluation.py has read the one
@@ -22,10 +23,11 @@ import transformers
 
 from ablations import change, kinds, remark
 from answering import answer_questions
-from checkpoint import step_folders
+from checkpoint import free_bytes, remembered_template, save_checkpoint, step_folders
 from data import TEMPLATES, InputError, Question, check_clips, parse_records, read_records
 from eval_report import run_report, write_html
-from policy import DTYPES, check_model, pick_dtype
+from lora import is_adapter
+from policy import DTYPES, check_model, load_policy, pick_dtype
 from predictions import (
     check_writable,
     identify_checkpoint,
@@ -57,7 +59,8 @@ ONE_CHECKPOINT += ("check_batching", "html", "out")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --ckpt CHECKPOINT_OR_RUN [settings]\n       %(prog)s --compare A.json B.json",
+        usage="%(prog)s --ckpt CHECKPOINT_OR_RUN [settings]\n       %(prog)s --compare A.json B.json\n       "
+        "%(prog)s --ckpt ADAPTER --merge OUT [--dtype DTYPE]",
         description="Score a checkpoint on MMAU or on any other question file: greedy decoding, MMAU's rule. The same "
         "command gives the same file, byte for byte, on any number of processes and after an interruption.",
     )
@@ -70,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("audio_dir", "folder that relative audio paths start from [the question file's]")
     add("out", "predictions file [<ckpt>/mmau_predictions.json, or ..._silence.json and the like]")
     add("batch_size", "questions decoded at once; in float32 it does not change a prediction", type=int, default=16)
-    add("template", "prompt template", choices=TEMPLATES, default="answer")
+    add("template", "prompt template [the one each checkpoint was trained with; else answer]", choices=TEMPLATES)
     add("max_new_tokens", "longest completion, in tokens", type=int, default=256)
     add("limit", "score only the first this many questions", type=int)
     add("dtype", "auto is bfloat16 on a GPU, else float32", choices=("auto", *DTYPES), default="auto")
@@ -86,12 +89,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="?", const=100, metavar="N")  # fmt: skip
     add("cuda_graph", "decode by CUDA graphs, on a GPU", choices=("on", "off"), default="on")
     add("html", "also write a page to look at: questions, answers, audio players", metavar="FILE")
+    add("merge", "write a LoRA adapter's merged model to this new folder; evaluates nothing", metavar="OUT")
     add("compare", "compare two predictions files; loads no model", nargs=2, metavar=("A", "B"))
 
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     pairs = [(name, other) for name, others in CONTRADICTIONS.items() for other in others]
     pairs += [("compare", other) for other in vars(args) if other != "compare"]
+    pairs += [("merge", other) for other in vars(args) if other not in ("merge", "ckpt", "dtype", "compare")]
     for name, other in pairs:
         if {name, other} <= given:
             parser.error(f"--{name} and --{other} contradict each other: give one of them")
@@ -99,6 +104,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return args
     if args.ckpt is None:
         parser.error("--ckpt is needed: a checkpoint or a run folder")
+    if args.merge:
+        return args
     least = dict.fromkeys(("batch_size", "max_new_tokens", "limit", "check_batching"), 1) | {"samples": 2, "seed": 0}
     for name, minimum in (least | {"shuffle_choices": 0}).items():
         if getattr(args, name) is not None and getattr(args, name) < minimum:
@@ -146,6 +153,20 @@ def find_checkpoints(ckpt: str) -> list[str]:
     for checkpoint in checkpoints:
         check_model(checkpoint)
     return checkpoints
+
+
+def choose_templates(given: str | None, checkpoints: list[str]) -> dict[str, str]:
+    """Each checkpoint's template: the one given, else the one it was trained with, else `answer`. Prints which."""
+    templates = {}
+    for checkpoint in checkpoints:
+        remembered = remembered_template(checkpoint)
+        templates[checkpoint] = given or remembered or "answer"
+        if given and remembered and given != remembered:
+            print(f"{checkpoint}: trained with template {remembered}, evaluated with {given}, as --template says")
+        elif not given:
+            why = "as it was trained" if remembered else "since it does not say what it was trained with"
+            print(f"{checkpoint}: template {templates[checkpoint]}, {why}")
+    return templates
 
 
 def read_data(args: argparse.Namespace) -> tuple[list[str], list[dict], list[Question]]:
@@ -204,18 +225,20 @@ def predictions_path(args: argparse.Namespace, checkpoint: str, kind: dict) -> s
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this."""
     checkpoints, (places, records, questions) = on_rank_0(lambda: (find_checkpoints(args.ckpt), read_data(args)))
+    templates = on_rank_0(lambda: choose_templates(args.template, checkpoints))
     digests, errors = read_clips(args, places, questions)
     readable = [i for i in range(len(questions)) if i not in errors]
     dtype, rank = pick_dtype(args.dtype, device), dist.get_rank()
-    options = dict(template=args.template, max_new_tokens=args.max_new_tokens, cuda_graph=args.cuda_graph == "on")
+    options = dict(max_new_tokens=args.max_new_tokens, cuda_graph=args.cuda_graph == "on")
     if args.check_batching:
         model, processor = load_on_all_ranks(args.ckpt, dtype, device)
-        check_batching(args, model, processor, [questions[i] for i in readable], options | {"silence": args.silence})
+        options |= {"template": templates[args.ckpt], "silence": args.silence}
+        check_batching(args, model, processor, [questions[i] for i in readable], options)
         return
 
     sampling = dict(samples=args.samples, temperature=args.temperature, seed=args.seed) if args.samples else {}
     several = args.ablations or checkpoints != [args.ckpt]
-    names = ("template", "max_new_tokens", "batch_size", "samples", "temperature", "seed")
+    names = ("max_new_tokens", "batch_size", "samples", "temperature", "seed")
     common = {name: getattr(args, name) for name in names} | {"dtype": str(dtype), "device": device.type}
     common |= {"questions": identify_questions(records, digests), "unreadable": list(errors)}
     common |= {"torch": str(torch.__version__), "transformers": transformers.__version__}
@@ -226,7 +249,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         model = None  # one at a time, and none where nothing is to do
         for name, kind in kinds(args).items():
             out = predictions_path(args, checkpoint, kind)
-            settings = common | kind | {"checkpoint": identify_checkpoint(checkpoint)}
+            template = {"template": templates[checkpoint]}
+            settings = template | common | kind | {"checkpoint": identify_checkpoint(checkpoint)}
             if several and on_rank_0(lambda: is_done(out, settings)):
                 results[checkpoint, name] = out
                 if rank == 0:
@@ -243,7 +267,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
             asked = change([questions[i] for i in readable], kind, args.seed)
             answers = answer_questions(
                 model, processor, asked, batch_size=args.batch_size, silence=kind["silence"],
-                journal=(journal_path(out), settings), **sampling, **options,
+                journal=(journal_path(out), settings), **template, **sampling, **options,
             )  # fmt: skip
             predicted = with_answers(records, dict(zip(readable, answers)), errors, bool(args.samples))
             on_rank_0(lambda: write_predictions(out, predicted, settings))
@@ -251,7 +275,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
             if rank == 0 and several:
                 print(f"predictions: {out}", flush=True)
     if rank == 0 and results:
-        report(args, questions, results)
+        report(args, questions, templates, results)
     if broken:
         raise SharedInputError(f"{len(broken)} of {len(checkpoints)} checkpoints not evaluated: {'; '.join(broken)}")
 
@@ -275,11 +299,34 @@ def check_batching(args, model, processor, questions: list[Question], options: d
             print(f"they are {', '.join(differing[:SHOWN])}{', ...' if len(differing) > SHOWN else ''}")
 
 
-def report(args: argparse.Namespace, questions: list[Question], results: dict[tuple[str, str], str]) -> None:
+def merge_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+    """Write the model that an adapter makes of its base, its processor and its template to the new folder args.merge.
+
+    Rank 0 does. Raises InputError.
+    """
+    if os.path.exists(args.merge):
+        raise InputError(f"{args.merge}: exists already; name a new folder with --merge, or remove it")
+    if not is_adapter(args.ckpt):
+        run = step_folders(Path(args.ckpt))
+        what = "a run folder; name one of its step_*" if run else "not the folder of an adapter"
+        raise InputError(f"{args.ckpt}: nothing to merge, this is {what}")
+    template, dtype = remembered_template(args.ckpt), pick_dtype(args.dtype, device)
+    model, processor = load_policy(args.ckpt, dtype, torch.device("cpu"))
+    size, free = sum(p.nbytes for p in model.parameters()), free_bytes(Path(args.merge))
+    if free < size:
+        raise InputError(f"{args.merge}: the model takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+    save_checkpoint(Path(args.merge), model, processor, template)
+    print(f"merged model, {str(dtype)[6:]}, {size / 1e9:.2f} GB: {args.merge}")
+
+
+def report(
+    args: argparse.Namespace, questions: list[Question], templates: dict[str, str], results: dict[tuple[str, str], str]
+) -> None:
     """Print the tables, from the predictions files alone."""
     if step_folders(Path(args.ckpt)):
         steps = [(int(Path(checkpoint).name.removeprefix("step_")), out) for (checkpoint, _), out in results.items()]
-        print(run_report(args.ckpt, steps, f"{len(questions)} questions of {args.data}, template {args.template}"))
+        used = ", ".join(sorted(set(templates.values())))
+        print(run_report(args.ckpt, steps, f"{len(questions)} questions of {args.data}, template {used}"))
         return
     predicted = {name: json.loads(Path(out).read_text(encoding="utf-8")) for (_, name), out in results.items()}
     scored = [i for i, question in enumerate(questions) if question.answer is not None]
@@ -330,7 +377,10 @@ def main() -> int:
 
     def work():
         try:
-            evaluate(args, device)
+            if args.merge:
+                on_rank_0(lambda: merge_checkpoint(args, device))
+            else:
+                evaluate(args, device)
         except torch.OutOfMemoryError:
             raise InputError("the GPU's memory is too small: use a smaller --batch_size or fewer --samples") from None
         except OSError as error:
