@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=256, help=every_completion)
     add("--accumulation_steps", type=int, default=2, help="forward and backward passes that these are split into")
     add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0 holds no reference model")
+    add("--lora_rank", type=int, default=0, help="train a LoRA adapter of this rank; 0: full fine-tuning")
     add("--gradient_checkpointing", choices=("on", "off"), default="on", help="recompute layers to save memory")
     add("--cuda_graph", **graph)
     add("--out", help="results; default: bench_results/memory_<gpu>.json, memory_counted.json without a GPU")
@@ -106,6 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in (*least_one, "questions", "batch_size"):
         if getattr(args, name, 1) < 1:
             error(f"--{name} must be at least 1")
+    if args.what == "memory" and args.lora_rank < 0:
+        error("--lora_rank must be at least 0")
     if args.what == "memory" and args.prompts_per_rank % args.accumulation_steps:
         error("--prompts_per_rank must be a multiple of --accumulation_steps")
     if args.what == "sample" and args.max_new_tokens < 10:

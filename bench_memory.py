@@ -20,6 +20,7 @@ from transformers import Qwen2AudioConfig
 from bench_models import (
     GB,
     SETTINGS,
+    add_bench_lora,
     build_model,
     lone_rank,
     make_prompt,
@@ -94,6 +95,8 @@ def count(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace
     with lone_rank(args.gpus), FakeTensorMode(), live:
         with part("weights"):
             model = build_model(config, dtype, torch.device("cpu"))
+            if args.lora_rank:
+                add_bench_lora(model, args.lora_rank)
         with part("gradients"):  # held once, as DistributedDataParallel's buckets
             for parameter in trainable(model).values():
                 parameter.grad = torch.zeros_like(parameter)
@@ -122,7 +125,7 @@ def count(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace
         with part("update"):
             optimizer.step(lr=1e-6, max_grad_norm=1.0)
 
-    held["reference"] = held["weights"] if args.beta else 0
+    held["reference"] = held["weights"] if args.beta and not args.lora_rank else 0
     fixed = sum(held[name] for name in ("weights", "gradients", "reference", "optimizer", "decoder"))
     held["peak"] = fixed + max(held[name] for name in ("sample", "train", "update"))
     return {name: nbytes / GB for name, nbytes in held.items()}
@@ -170,7 +173,8 @@ def measure(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespa
 
     with lone_rank(args.gpus):
         with phase("setup"):
-            rank = make_rank(config, dtype, device, args.gradient_checkpointing == "on", args.beta)
+            checkpointing = args.gradient_checkpointing == "on"
+            rank = make_rank(config, dtype, device, checkpointing, args.beta, args.lora_rank)
             prompt = make_prompt(rank.policy, args.prompts_per_rank, args.clip_seconds)
         for _ in range(2):
             take_step(rank, prompt, args, phase)
@@ -180,7 +184,7 @@ def measure(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespa
 # ---- reports ----
 
 PARTS = {
-    "weights": "policy weights",
+    "weights": "policy weights, adapter included",
     "gradients": "gradients",
     "reference": "reference",
     "optimizer": "optimizer state, this GPU's share",
@@ -194,8 +198,9 @@ PARTS = {
 
 
 def describe(args: argparse.Namespace) -> str:
+    trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     return (
-        f"{args.clip_seconds:g} s clips, groups of {args.group_size} completions of {args.max_new_tokens} tokens, "
+        f"{trained}, {args.clip_seconds:g} s clips, groups of {args.group_size} completions of {args.max_new_tokens} tokens, "
         f"{args.prompts_per_rank} prompts per GPU in {args.accumulation_steps} accumulation steps, "
         f"gradient checkpointing {args.gradient_checkpointing}"
     )
@@ -204,7 +209,7 @@ def describe(args: argparse.Namespace) -> str:
 def memory_table(args: argparse.Namespace) -> str:
     """Which cards a run on 1, 4 or 8 GPUs fits, with and without a reference: counted, as Markdown."""
     lines = [
-        f"Full fine-tuning of Qwen2-Audio-7B in bfloat16: {describe(args)}.",
+        f"Qwen2-Audio-7B in bfloat16: {describe(args)}.",
         f"GB are 1e9 bytes; {FOR_CUDA} GB of each card are left for the CUDA context and NCCL.",
         "",
         f"| beta | GPUs | peak per GPU | {' | '.join(f'{card} GB card' for card in CARDS)} | |",

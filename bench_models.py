@@ -22,6 +22,7 @@ from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from decoding import GroupDecoder
 from grpo_aqa import Rollout, accumulate_gradients, group_advantages
+from lora import adapter_off, add_lora
 from optimizer import ShardedAdamW
 from policy import Prompt, completion_logprobs, sample_group
 from runtime import data_parallel
@@ -78,6 +79,12 @@ def make_prompt(model, prompts: int, clip_seconds: float) -> Prompt:
         }
 
 
+def add_bench_lora(model, rank: int) -> None:
+    """LoRA of that rank as the training scripts add it by default, audio tower included."""
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    add_lora(model, "random", rank, 32, 0.0, targets, freeze_audio_tower=False, seed=0)
+
+
 def trainable(model) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -123,7 +130,7 @@ class Rank:
     """What a rank of grpo_aqa.train holds from step to step."""
 
     policy: nn.Module
-    reference: nn.Module | None  # None without a KL penalty
+    reference: nn.Module | None  # None without a KL penalty; with LoRA the policy itself, whose adapter is then off
     ddp_policy: DistributedDataParallel
     optimizer: ShardedAdamW
     generator: torch.Generator
@@ -131,10 +138,17 @@ class Rank:
     decoder: GroupDecoder | None = None  # once it has sampled
 
 
-def make_rank(config, dtype: torch.dtype, device: torch.device, checkpointing: bool, beta=SETTINGS["beta"]) -> Rank:
+def make_rank(
+    config, dtype: torch.dtype, device: torch.device, checkpointing: bool, beta=SETTINGS["beta"], lora_rank: int = 0
+) -> Rank:
     """Inside `with lone_rank(...)`: a policy with random weights, its reference, gradients and optimizer."""
     policy = build_model(config, dtype, device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if beta else None
+    reference = None
+    if lora_rank:
+        add_bench_lora(policy, lora_rank)
+        reference = policy if beta else None
+    elif beta:
+        reference = copy.deepcopy(policy).requires_grad_(False)
     ddp_policy = data_parallel(policy, make_prompt(policy, 1, 1.0), checkpointing)
     generator = torch.Generator(device).manual_seed(0)
     settings = argparse.Namespace(**SETTINGS | {"beta": beta})
@@ -158,7 +172,8 @@ def learn(rank: Rank, prompt: Prompt, completions: Tensor, advantages: Tensor, a
         for part, rows in passes(prompt, args):
             inputs, ref_logprobs = (part, completions[rows], mask[rows]), None
             if rank.reference is not None:
-                ref_logprobs, _ = completion_logprobs(rank.reference, *inputs, rank.settings.temperature)
+                with adapter_off(rank.reference):
+                    ref_logprobs, _ = completion_logprobs(rank.reference, *inputs, rank.settings.temperature)
             rollouts.append(Rollout(*inputs, advantages[rows], ref_logprobs, None))
     with phase("train"):
         return accumulate_gradients(rank.ddp_policy, rollouts, rank.settings)["loss"]

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 
+import runtime
 import toy
 from data import Question
 
@@ -37,3 +39,12 @@ def exact(monkeypatch):
     """Every step in float64, also those that say float32 (RMSNorm, the log-softmax): no rounding hides a mistake."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """This process as a group of its own."""
+    monkeypatch.setattr(runtime, "_patient_group", None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -86,11 +86,13 @@ def test_count_is_what_sampling_allocates(config, tokens):
 
 
 @pytest.mark.parametrize(
-    "gpus, beta, dtype, checkpointing", [(1, 0.0, torch.float32, "off"), (8, 0.04, torch.bfloat16, "on")]
+    "gpus, beta, dtype, checkpointing, lora_rank",
+    [(1, 0.0, torch.float32, "off", 0), (8, 0.04, torch.bfloat16, "on", 0), (1, 0.04, torch.bfloat16, "on", 8)],
 )
-def test_count_is_what_a_run_allocates(config, gpus, beta, dtype, checkpointing):
+def test_count_is_what_a_run_allocates(config, gpus, beta, dtype, checkpointing, lora_rank):
     """Two real steps, DistributedDataParallel and ShardedAdamW included; without a GPU, measure returns only times."""
-    args = settings(gpus=gpus, beta=beta, gradient_checkpointing=checkpointing, max_new_tokens=100)
+    flags = dict(gpus=gpus, beta=beta, gradient_checkpointing=checkpointing, lora_rank=lora_rank)
+    args = settings(**flags, max_new_tokens=100)
     measured = {}
     peak, _ = allocated(lambda: measured.update(measure(config, dtype, args, CPU)))
     assert count(config, dtype, args)["peak"] * GB == pytest.approx(peak, rel=0.005)

@@ -24,7 +24,6 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import checkpoint
-import runtime
 from checkpoint import (
     cut_jsonl,
     find_state,
@@ -486,15 +485,6 @@ def test_any_number_of_processes_loads_a_state(tmp_path):
         sequences = [rank["generator"].tolist() for rank in loaded]
         assert sequences[:2] == [rank["generator"].tolist() for rank in saved][:world_size]
         assert len(set(map(tuple, sequences))) == world_size  # each rank draws numbers of its own
-
-
-@pytest.fixture
-def one_process(monkeypatch):
-    """This process as a group of its own."""
-    monkeypatch.setattr(runtime, "_patient_group", None)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
