@@ -108,6 +108,11 @@ def dropout_on(model):
             dropout.eval()
 
 
+def dropout_is_on(model) -> bool:
+    """Whether a model that is in eval mode otherwise draws random numbers."""
+    return any(module.training for module in model.modules())
+
+
 @torch.no_grad()
 def merge(model) -> None:
     """Add the adapter to the weights, W + B A * alpha / rank, in place: the model is a plain one again, not frozen.

@@ -27,7 +27,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 from decoding import GroupDecoder
-from lora import adapter_base, is_adapter, merge_adapter
+from lora import adapter_base, dropout_is_on, is_adapter, merge_adapter
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns, and what listen adds to it
 PROMPT = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
@@ -184,8 +184,9 @@ def run_audio_tower(model, prompt: Prompt, checkpointing: bool = False) -> Tenso
     hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
     within = torch.arange(hidden.shape[1], device=hidden.device) < encoder_frames[:, None]
     mask = create_bidirectional_mask(config=tower.config, inputs_embeds=hidden, attention_mask=within)
+    again = dict(checkpointing=checkpointing, random=dropout_is_on(model))
     for layer in tower.layers:
-        hidden = _run(layer, hidden, mask, checkpointing=checkpointing)
+        hidden = _run(layer, hidden, mask, **again)
     return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
@@ -339,13 +340,14 @@ def completion_logprobs(
         cache.group_size = group_size
         return prompt_hidden, layer(hidden, past_key_values=cache, **inputs)
 
+    again = dict(checkpointing=checkpointing, random=dropout_is_on(model))
     for layer in decoder.layers:
-        prompt_hidden, hidden = _run(run, layer, prompt_hidden, hidden, checkpointing=checkpointing)
+        prompt_hidden, hidden = _run(run, layer, prompt_hidden, hidden, **again)
     first = prompt_hidden[:, -1:].repeat_interleave(group_size, dim=0)  # predicts the first completion token
     hidden = decoder.norm(torch.cat([first, hidden], dim=1))[mask]  # [completion tokens, H]
 
     scores = [
-        _run(token_scores, model.lm_head, *chunk, temperature, checkpointing=checkpointing)
+        _run(token_scores, model.lm_head, *chunk, temperature, **again)
         for chunk in zip(hidden.split(LOGITS_CHUNK), completions[mask].split(LOGITS_CHUNK))
     ]
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -360,9 +362,11 @@ def token_scores(lm_head, hidden: Tensor, tokens: Tensor, temperature: float) ->
     return all_logprobs.gather(-1, tokens[:, None])[:, 0], entropy
 
 
-def _run(function, *inputs, checkpointing: bool):
+def _run(function, *inputs, checkpointing: bool, random: bool):
+    """function(*inputs); with `checkpointing`, what is inside is computed again in the backward pass, with the same
+    random numbers if it draws some."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(function, *inputs, use_reentrant=False)  # the dropout of an adapter is random, and kept
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=random)
     return function(*inputs)
 
 
