@@ -45,6 +45,7 @@ from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
 MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
+STEPS = 300  # of the warm start; enough for the form of think, the longest, and too few to master the questions
 
 
 def make_tokenizer(questions: list[Question]) -> Qwen2Tokenizer:
@@ -105,7 +106,7 @@ def make_model(questions: list[Question], seconds: int, seed: int):
 def warm_start_text(answer: str, template: str) -> str:
     """What the warm start has the model say: target_text's, and for `think` the same after a thought that names it."""
     if template == "think":
-        return f"<think>I hear {answer}</think>{target_text(answer, 'answer')}"
+        return f'<think>I hear "{answer}".</think>{target_text(answer, "answer")}'
     return target_text(answer, template)
 
 
@@ -113,15 +114,15 @@ def warm_start(model, processor, questions: list[Question], steps: int, random_a
     """Supervised training on warm_start_text, where a share `random_answers` of the answers is any choice.
 
     With a share of 1 the model learns the form and guesses; with less, on more questions than it can learn by heart,
-    it starts to listen and GRPO gets going sooner. Batches of 32, one template after the other; the learning rate
-    rises to 1e-3 over 50 steps.
+    it starts to listen and GRPO gets going sooner. Batches of 16, one template after the other; the learning rate
+    rises to 1e-3 over 50 steps and falls to 0 over the last third.
     """
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
         template = list(TEMPLATES)[step % len(TEMPLATES)]
-        batch = [questions[i] for i in rng.choice(len(questions), 32)]
+        batch = [questions[i] for i in rng.choice(len(questions), 16)]
         answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
         completions, mask = encode_targets(processor, [warm_start_text(answer, template) for answer in answers])
         prompt = encode_prompts(processor, batch, template)
@@ -130,7 +131,7 @@ def warm_start(model, processor, questions: list[Question], steps: int, random_a
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, step / 50)
+            group["lr"] = 1e-3 * min(1, step / 50, 3 * (steps + 1 - step) / steps)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
@@ -164,7 +165,7 @@ def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.
 
 
 def make_base(
-    questions: list[Question], out: Path, seed: int = 0, steps: int = 110, random_answers: float = 0.5
+    questions: list[Question], out: Path, seed: int = 0, steps: int = STEPS, random_answers: float = 0.6
 ) -> None:
     """Write a tiny warm-started base model for `questions` to the folder `out`. The defaults are the toy's."""
     longest = max(audio_seconds(question.audio) for question in questions)
@@ -183,7 +184,7 @@ def main() -> None:
     add("--audio_dir", help="folder that relative audio paths start from; default: the question file's")
     add("--out", required=True, help="folder for the model")
     add("--random_answers", type=float, default=1.0, help="share of its training answers that are any of the choices")
-    add("--steps", type=int, default=110, help="steps of the supervised warm start, 32 questions each")
+    add("--steps", type=int, default=STEPS, help="steps of the supervised warm start, 16 questions each")
     add("--seed", type=int, default=0, help="of the weights and the order of questions")
     args = parser.parse_args()
     if args.steps < 1:
