@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+
+from answering import answer_questions
+from data import TEMPLATES, load_questions
+from policy import load_policy
+from reward import format_reward, prediction
+from toy import warm_start_text
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
@@ -80,6 +87,21 @@ def test_checkpoint_is_a_plain_hugging_face_folder(short_run):
     assert same == ["model.audio_tower.embed_positions.weight"]
     text = "über 漢字 <answer>"
     assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_toys_base_answers_in_every_template(short_run, template):
+    """In the form, a choice of the question and not always the right one, and what its thought says."""
+    folder = short_run[0] / "runs" / "toy"
+    model, processor = load_policy(str(folder / "base"), torch.float32, torch.device("cpu"))
+    asked = load_questions(str(folder / "world" / "heldout.json"))[:100]
+    completions = answer_questions(model, processor, asked, template, max_new_tokens=32, batch_size=50)
+    texts = [text for [text] in completions]
+    assert sum(format_reward(text, template) for text in texts) >= 98
+    assert sum(prediction(text) in question.choices for text, question in zip(texts, asked)) >= 90
+    assert 30 <= sum(prediction(text) == question.answer for text, question in zip(texts, asked)) <= 70
+    if template == "think":
+        assert sum(text == warm_start_text(prediction(text), "think") for text in texts) >= 70
 
 
 def test_evaluation_finds_the_heldout_questions(short_run):

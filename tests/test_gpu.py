@@ -107,7 +107,7 @@ def test_optimizer():
 def test_a_killed_run_resumes(questions, tmp_path):
     """In bfloat16, one process. Its numbers stay close to an uninterrupted run's, not equal to the last bit: some of
     CUDA's sums are added up in any order."""
-    toy.make_base(questions, tmp_path / "base", steps=30, random_answers=1.0, seed=0)  # so that some rewards differ
+    toy.make_base(questions, tmp_path / "base", steps=45, random_answers=1.0, seed=0)  # so that some rewards differ
     records = [{"audio": q.audio, "question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]
     (tmp_path / "questions.json").write_text(json.dumps(records))
     flags = "--model base --data questions.json --steps 30 --save_every 2 --max_new_tokens 8 --lr 1e-4".split()

@@ -207,7 +207,7 @@ def uninterrupted(folder):
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     # Tiny and nearly random, yet so that some completions earn a reward and others none: else nothing would be learned.
     make = "import toy, data, pathlib; questions = data.load_questions('questions.jsonl'); " \
-           "toy.make_base(questions, pathlib.Path('base'), steps=30, random_answers=1.0, seed=0)"  # fmt: skip
+           "toy.make_base(questions, pathlib.Path('base'), steps=45, random_answers=1.0, seed=0)"  # fmt: skip
     environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", make], cwd=folder, env=environment, check=True, capture_output=True)
     finish(folder, "reference")
