@@ -1,0 +1,312 @@
+"""The paper's table from one command: GRPO against supervised fine-tuning, LoRA and the untouched model.
+
+    python reproduce.py                 the toy, one seed, on two CPU cores
+    python reproduce.py --seeds 3       three seeds, each with a base model of its own, in one world of sounds
+    python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data train_qa.json --audio_dir wavs \\
+        --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8
+
+Each row of the table is trained and evaluated by the scripts, in processes of their own. The same command continues
+where it was interrupted: finished rows are found by their row.json, a training by its resume state, an evaluation by
+its journal.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import toy
+from checkpoint import remove, write_text
+from data import InputError, check_answers, digest, load_questions
+from policy import check_model
+from reproduce_estimate import disk_text, duration, require_disk, time_text
+from reproduce_report import write_report
+from reproduce_rows import (
+    ROWS,
+    TOY_PROMPTS,
+    Row,
+    base_model,
+    evaluation_command,
+    jobs,
+    last_checkpoint,
+    predictions_file,
+    row_folder,
+    settings,
+    training_command,
+)
+
+# ---- command line ----
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
+        description="Train and evaluate every row of the paper's table, and write it. Without --model: on the toy, "
+        f"which needs no GPU. Rows: {', '.join(names)}.",
+    )
+
+    def add(name, help, **kwargs):
+        shown = "" if kwargs.get("default") is None else " [%(default)s]"
+        parser.add_argument(f"--{name}", help=help + shown, **kwargs)
+
+    add("model", "Hugging Face name or folder of a Qwen2-Audio model")
+    add("data", "training questions: an R1-AQA, AVQA, MMAU or plain file")
+    add("audio_dir", "folder that its relative audio paths start from [the question file's]")
+    add("mmau", "questions to evaluate on, with answers; MMAU's test-mini or any other file")
+    add("mmau_audio_dir", "folder that its relative audio paths start from [the question file's]")
+    add("out", "folder of the table [runs/reproduce; of the toy: runs/reproduce_toy]")
+    add("rows", "names of the rows to run, with commas between them [all]")
+    add("seeds", "runs of each row", type=int, default=1)
+    add("steps", "training steps of each row [1000; of the toy: 360]", type=int)
+    add("nproc_per_node", "processes of a script [GPUs, at least 1; of the toy: 2]", type=int)
+    add("label_noise", "share of the toy's training answers that are wrong", type=float, default=0.0)
+    add("heldout_noise", "the toy's held-out clips are this many times as noisy", type=float, default=1.0)
+    add("seconds_per_step", "of training, for the estimate, where none has been measured in --out", type=float)
+    add("dry_run", "print the estimate and the commands, and do nothing", action="store_true")
+
+    args = parser.parse_args(argv)
+    args.toy = args.model is None
+    if args.toy:
+        for name in ("data", "audio_dir", "mmau", "mmau_audio_dir"):
+            if getattr(args, name):
+                parser.error(f"--{name} needs --model")
+        args.out = args.out or "runs/reproduce_toy"
+        args.steps, args.nproc_per_node = args.steps or 360, args.nproc_per_node or 2
+        args.data, args.mmau = (os.path.join(args.out, "world", name) for name in ("train.jsonl", "heldout.json"))
+    else:
+        for name in ("data", "mmau"):
+            if getattr(args, name) is None:
+                parser.error(f"--model needs --{name}, a file of questions")
+        if (args.label_noise, args.heldout_noise) != (0.0, 1.0):
+            parser.error("--label_noise and --heldout_noise are the toy's: they do not go with --model")
+        args.out = args.out or "runs/reproduce"
+        args.steps = args.steps or 1000
+        args.nproc_per_node = args.nproc_per_node or max(1, torch.cuda.device_count())
+    args.rows = args.rows.split(",") if args.rows else names
+    for name in args.rows:
+        if name not in names:
+            parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(names)}")
+    for name in ("seeds", "steps", "nproc_per_node"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.toy and TOY_PROMPTS % args.nproc_per_node:
+        parser.error(f"--nproc_per_node must divide the toy's {TOY_PROMPTS} questions a step")
+    if not 0 <= args.label_noise <= 1:
+        parser.error(f"--label_noise must be from 0 to 1, not {args.label_noise}")
+    if args.heldout_noise < 0:
+        parser.error(f"--heldout_noise must be at least 0, not {args.heldout_noise}")
+    if args.seconds_per_step is not None and args.seconds_per_step <= 0:
+        parser.error(f"--seconds_per_step must be above 0, not {args.seconds_per_step}")
+    return args
+
+
+# ---- a row ----
+
+
+class RowFailed(Exception):
+    """A script did not do its part of a row; the other rows go on."""
+
+
+def record(args: argparse.Namespace, seed: int, row: Row) -> dict:
+    """What a row's row.json says; empty where there is none."""
+    path = row_folder(args, seed, row) / "row.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def is_finished(args: argparse.Namespace, seed: int, row: Row) -> bool:
+    """Whether a row has its predictions, of these settings and as they were written."""
+    found, predictions = record(args, seed, row), predictions_file(args, seed, row)
+    same = found.get("settings") == settings(args, seed, row)
+    return same and predictions.exists() and found.get("predictions_sha256") == _sha256(predictions)
+
+
+def finished_rows(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """(seed, row's name) of all rows that the table can show, whether or not --rows names them."""
+    every = argparse.Namespace(**vars(args) | {"rows": [row.name for row in ROWS]})
+    return [(seed, row.name) for seed, row in jobs(every) if is_finished(args, seed, row)]
+
+
+def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
+    """Train and evaluate a row, or go on where it stopped. Raises RowFailed."""
+    folder, own = row_folder(args, seed, row), settings(args, seed, row)
+    if folder.exists() and record(args, seed, row).get("settings") != own:
+        number = 1
+        while (earlier := folder.with_name(f"{row.name}.earlier_{number}")).exists():
+            number += 1
+        folder.rename(earlier)
+        print(f"{folder} is of other settings; it is now {earlier}", flush=True)
+    write_text(folder / "row.json", json.dumps({"settings": own}, indent=2) + "\n")
+    if row.script:
+        checkpoint = last_checkpoint(args, seed, row)
+        if not checkpoint.exists():
+            _run_part(args, "training", training_command(args, seed, row), folder / "log.txt")
+            if not checkpoint.exists():
+                raise RowFailed(f"training ended before {checkpoint} was there")
+        state = folder / "run" / "resume"
+        if state.exists():
+            remove(state)  # most of the row's size, and of no more use
+    started = time.monotonic()
+    _run_part(args, "evaluation", evaluation_command(args, seed, row), folder / "log.txt")
+    predictions = predictions_file(args, seed, row)
+    if not predictions.exists():
+        raise RowFailed(f"evaluation ended without {predictions}")
+    done = {"settings": own, "predictions_sha256": _sha256(predictions)}
+    done |= {"evaluation_seconds": round(time.monotonic() - started, 1)}
+    write_text(folder / "row.json", json.dumps(done, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _run_part(args: argparse.Namespace, part: str, command: list[str], log: Path) -> None:
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if args.toy:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are slower on such a model
+    status = run_command(command, log, environment)
+    if status:
+        raise RowFailed(f"{part} ended with exit status {status}")
+
+
+def run_command(command: list[str], log: Path, environment: dict[str, str]) -> int:
+    """Run a command; what it prints goes to the terminal and is added to `log`. Returns its exit status.
+
+    When this process is interrupted, the command gets a SIGTERM, upon which a training saves, and is waited for; at
+    the second interruption it is killed. Raises KeyboardInterrupt after either.
+    """
+    # In a session of its own, Ctrl-C reaches this process alone.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+    with open(log, "ab") as file:
+        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        try:
+            _copy_output(process, file)
+            return process.wait()
+        except KeyboardInterrupt:
+            print("\nstopping; what is running saves first (again: stop at once)", flush=True)
+            process.terminate()
+            try:
+                _copy_output(process, file)
+                process.wait()
+            except KeyboardInterrupt:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            raise
+
+
+def _copy_output(process: subprocess.Popen, log) -> None:
+    """Copy to the terminal as it comes and to the log line by line, of a progress bar only its last state."""
+    line = b""
+    while chunk := os.read(process.stdout.fileno(), 65536):
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+        *lines, line = (line + chunk).split(b"\n")
+        for text in lines:
+            log.write(text.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+        line = line[line.rfind(b"\r", 0, -1) + 1 :]
+        log.flush()
+    log.write(line)
+
+
+# ---- the table ----
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Check the user's files, and that args.out holds no other table. Raises InputError."""
+    if args.toy:
+        identity = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
+    else:
+        check_model(args.model)
+        identity = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
+        for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
+            questions = load_questions(path, folder)
+            check_answers(questions, path)
+            identity |= {f"{name}_digest": digest(questions)}
+    path = Path(args.out) / "reproduce.json"
+    if not path.exists():
+        if not args.dry_run:
+            write_text(path, json.dumps(identity, indent=2) + "\n")
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name in saved | identity if saved.get(name, "") != identity.get(name, "")]
+    if different:
+        listed = ", ".join(f"{name} {saved.get(name)} (now {identity.get(name)})" for name in different)
+        raise InputError(f"{args.out}: holds the rows of another table, {listed}; name another folder with --out")
+
+
+def make_start(args: argparse.Namespace, seed: int) -> None:
+    """The toy's sounds and questions, and the base model of a seed, where they are missing."""
+    world, base = Path(args.data).parent, Path(base_model(args, seed))
+    if not world.exists():
+        print(f"making sounds and questions in {world}", flush=True)
+        toy.make_world(world, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
+    if not base.exists():
+        toy.make_base(load_questions(args.data), base, seed=seed)
+
+
+def reproduce(args: argparse.Namespace) -> int:
+    """Run all rows that are not finished, and write the table after each. Returns the exit status."""
+    check_folder(args)
+    todo = [(seed, row) for seed, row in jobs(args) if not is_finished(args, seed, row)]
+    print(f"{args.out}: {len(jobs(args)) - len(todo)} of {len(jobs(args))} rows are finished")
+    print(f"{time_text(args, todo)}\n{disk_text(args, todo)}", flush=True)
+    if args.dry_run:
+        for seed, row in todo:
+            if row.script:
+                print(shlex.join(training_command(args, seed, row)))
+            print(shlex.join(evaluation_command(args, seed, row)))
+        return 0
+    require_disk(args, todo)
+    failed, table = [], write_report(args, finished_rows(args))
+    for number, (seed, row) in enumerate(todo, start=1):
+        print(f"\n==== {row.name}, seed {seed}: row {number} of {len(todo)}", flush=True)
+        started = time.monotonic()
+        try:
+            if args.toy:
+                make_start(args, seed)
+            run_row(args, seed, row)
+        except RowFailed as error:
+            failed.append(f"{row.name} of seed {seed}: {error}; see {row_folder(args, seed, row) / 'log.txt'}")
+            print(f"\nfailed: {failed[-1]}", flush=True)
+            continue
+        table = write_report(args, finished_rows(args))
+        print(f"\n{row.name}, seed {seed}: {duration(time.monotonic() - started)}", flush=True)
+        if todo[number:]:
+            print(f"of the rows after it: {time_text(args, todo[number:])}", flush=True)
+    print(f"\n{table}\n{args.out}: table.md, table.png, results.json", flush=True)
+    for reason in failed:
+        print(f"reproduce.py: error: {reason}", file=sys.stderr)
+    if failed:
+        print("reproduce.py: the same command tries the failed rows again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    args = parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return reproduce(args)
+    except InputError as error:
+        print(f"reproduce.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        sys.exit(f"reproduce.py: interrupted; the same command continues the table in {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What the table will take, said before it starts: time from measured steps, disk from the shapes."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from statistics import mean
+
+import torch
+from torch import nn
+from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
+
+from data import InputError
+from reproduce_rows import LORA_RANK, ROWS, Row, row_folder
+
+GB = 1e9
+SMALL_FILES = 50_000_000  # of a row: processor, metrics, curves, predictions, log
+
+# ---- time ----
+
+
+def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
+    """How long the rows (seed, row) will still take, from the steps and evaluations that this folder has measured."""
+    trained = [(seed, row) for seed, row in todo if row.script]
+    steps = [step_seconds(args, seed, row) for seed, row in trained]
+    left = [args.steps - len(step_times(args, seed, row)) for seed, row in trained]
+    evaluations = evaluation_seconds(args)
+    if not todo:
+        return "time: none, all rows are finished"
+    if (trained and None in steps) or (not trained and not evaluations):
+        return "time: unknown until the first row of its kind has run (--seconds_per_step gives an estimate before)"
+    seconds = sum(own * number for own, number in zip(steps, left))
+    if not evaluations:
+        return f"time: about {duration(seconds)} of training; evaluations unknown until the first has run"
+    return f"time: about {duration(seconds + mean(evaluations) * len(todo))}"
+
+
+def step_times(args: argparse.Namespace, seed: int, row: Row) -> list[float]:
+    """The seconds of each step that a row's training has written down."""
+    path = row_folder(args, seed, row) / "run" / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # without what a killed process may have left of a line
+    return [json.loads(line)["seconds"] for line in lines]
+
+
+def step_seconds(args: argparse.Namespace, seed: int, row: Row) -> float | None:
+    """Mean seconds of a row's step: its own, or those of rows of the same kind, or --seconds_per_step."""
+    every = [(s, r) for s in range(args.seeds) for r in ROWS]
+    same_row = [time for s, r in every if r == row for time in step_times(args, s, r)]
+    same_script = [time for s, r in every if r.script == row.script for time in step_times(args, s, r)]
+    measured = step_times(args, seed, row) or same_row or same_script
+    return mean(measured) if measured else args.seconds_per_step
+
+
+def evaluation_seconds(args: argparse.Namespace) -> list[float]:
+    """The seconds of each evaluation that has ended."""
+    found = []
+    for path in Path(args.out).glob("seed_*/*/row.json"):
+        seconds = json.loads(path.read_text(encoding="utf-8")).get("evaluation_seconds")
+        found += [] if seconds is None else [seconds]
+    return found
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
+
+
+# ---- disk ----
+
+
+def sizes(model: str) -> dict[bool, tuple[int, int]]:
+    """(bytes of a checkpoint, bytes of a resume state) of full fine-tuning, [False], and of LoRA, [True].
+
+    Counted from the model's configuration on tensors without data. A state holds three float32 numbers for each
+    trained weight: the master and AdamW's two moments.
+    """
+    with torch.device("meta"):
+        shapes = Qwen2AudioForConditionalGeneration(AutoConfig.from_pretrained(model))
+    weights = sum(p.numel() for p in shapes.parameters())
+    fixed = shapes.model.audio_tower.embed_positions.weight.numel()
+    # Two matrices beside each linear layer; an upper bound, since not all layers need to have them.
+    linear = [module for module in shapes.modules() if isinstance(module, nn.Linear)]
+    adapter = sum(LORA_RANK * (module.in_features + module.out_features) for module in linear)
+    per_weight = 2 if torch.cuda.is_available() else 4  # bfloat16 on GPUs
+    return {False: (per_weight * weights, 12 * (weights - fixed)), True: (4 * adapter, 12 * adapter)}
+
+
+def disk_bytes(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> int:
+    """The most that the rows (seed, row) will add to the disk at one time.
+
+    A finished row keeps its last checkpoint. While a row is saved, the state before it and the checkpoint before it
+    are there as well. What unfinished rows already hold is not added again. The toy takes next to nothing.
+    """
+    needed = SMALL_FILES * len(todo)
+    trained = [(seed, row) for seed, row in todo if row.script]
+    if args.toy or not trained:
+        return needed
+    size = sizes(args.model)
+    needed += sum(size[row.lora][0] for _, row in trained)
+    needed += max(size[row.lora][0] + 2 * size[row.lora][1] for _, row in trained)
+    held = sum(path.stat().st_size for job in trained for path in row_folder(args, *job).rglob("*") if path.is_file())
+    return max(SMALL_FILES, needed - held)
+
+
+def disk_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
+    return f"disk: {disk_bytes(args, todo) / GB:.1f} GB at most, {_free(args) / GB:.1f} GB are free"
+
+
+def require_disk(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> None:
+    """Raise InputError if the rows (seed, row) would not fit on the disk."""
+    needed, free = disk_bytes(args, todo), _free(args)
+    if todo and free < needed:
+        raise InputError(
+            f"{args.out}: the table takes up to {needed / GB:.1f} GB and {free / GB:.1f} GB are free; make room, or "
+            "name a folder on another disk with --out"
+        )
+
+
+def _free(args: argparse.Namespace) -> int:
+    out = Path(args.out).absolute()
+    return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
