@@ -248,9 +248,7 @@ def check_folder(args: argparse.Namespace) -> None:
 def make_start(args: argparse.Namespace, seed: int) -> None:
     """The toy's sounds and questions, and the base model of a seed, where they are missing."""
     world, base = Path(args.data).parent, Path(base_model(args, seed))
-    if not world.exists():
-        print(f"making sounds and questions in {world}", flush=True)
-        toy.make_world(world, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
+    toy.make_world(world, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
     if not base.exists():
         toy.make_base(load_questions(args.data), base, seed=seed)
 
@@ -268,7 +266,7 @@ def reproduce(args: argparse.Namespace) -> int:
             print(shlex.join(evaluation_command(args, seed, row)))
         return 0
     require_disk(args, todo)
-    failed, table = [], write_report(args, finished_rows(args))
+    failed = []
     for number, (seed, row) in enumerate(todo, start=1):
         print(f"\n==== {row.name}, seed {seed}: row {number} of {len(todo)}", flush=True)
         started = time.monotonic()
@@ -280,10 +278,11 @@ def reproduce(args: argparse.Namespace) -> int:
             failed.append(f"{row.name} of seed {seed}: {error}; see {row_folder(args, seed, row) / 'log.txt'}")
             print(f"\nfailed: {failed[-1]}", flush=True)
             continue
-        table = write_report(args, finished_rows(args))
+        write_report(args, finished_rows(args), picture=False)
         print(f"\n{row.name}, seed {seed}: {duration(time.monotonic() - started)}", flush=True)
         if todo[number:]:
             print(f"of the rows after it: {time_text(args, todo[number:])}", flush=True)
+    table = write_report(args, finished_rows(args), picture=True)
     print(f"\n{table}\n{args.out}: table.md, table.png, results.json", flush=True)
     for reason in failed:
         print(f"reproduce.py: error: {reason}", file=sys.stderr)

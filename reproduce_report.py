@@ -71,13 +71,13 @@ def _scores(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
 # ---- for people ----
 
 
-def write_report(args: argparse.Namespace, finished: list[tuple[int, str]]) -> str:
-    """Write results.json, table.md and table.png into args.out. Returns the table's text."""
+def write_report(args: argparse.Namespace, finished: list[tuple[int, str]], picture: bool) -> str:
+    """Write results.json and table.md into args.out and, if asked for, table.png. Returns the table's text."""
     found, out = results(args, finished), Path(args.out)
     text = markdown(args, found)
     write_text(out / "results.json", json.dumps(caption(args) | found, indent=2) + "\n")
     write_text(out / "table.md", text)
-    if found["questions"]:
+    if picture and found["questions"]:
         draw(out / "table.png", args, found)
     return text
 
