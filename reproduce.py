@@ -250,6 +250,7 @@ def make_start(args: argparse.Namespace, seed: int) -> None:
     world, base = Path(args.data).parent, Path(base_model(args, seed))
     toy.make_world(world, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
     if not base.exists():
+        torch.set_num_threads(1)  # as the scripts have it: the same base on any number of cores
         toy.make_base(load_questions(args.data), base, seed=seed)
 
 
@@ -300,7 +301,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         return reproduce(args)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

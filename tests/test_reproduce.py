@@ -40,11 +40,14 @@ for i, word in enumerate(words):
     if word.startswith("--"):
         flags[word[2:]] = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith("--") else True
 with open(here / "calls.jsonl", "a") as file:
-    file.write(json.dumps({"script": script, "threads": os.environ.get("OMP_NUM_THREADS"), **flags}) + "\\n")
+    file.write(json.dumps({"script": script, "threads": os.environ.get("OMP_NUM_THREADS"),
+                           "session": os.getsid(0), **flags}) + "\\n")
 """
 TRAIN = """
 if (here / f"fail_{Path(flags['out']).parent.name}").exists():
     sys.exit("out of memory")
+if (here / f"stop_{Path(flags['out']).parent.name}").exists():
+    sys.exit(0)
 out, steps, ended = Path(flags["out"]), int(flags["steps"]), []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
 states = sorted((out / "resume").glob("step_*"))
@@ -135,6 +138,7 @@ def test_table(stubs, tmp_path, monkeypatch, capfd):
     out, made = tmp_path / "t", calls(stubs)
     assert json.loads((out / "world" / "noise.json").read_text()) == {"heldout_noise": 2.0, "label_noise": 0.25}
     assert len(made) == 2 * (9 + 6) and all(call["threads"] == "1" for call in made)
+    assert all(call["session"] != os.getsid(0) for call in made)  # Ctrl-C in a terminal does not reach it
     trained = [call for call in made if "steps" in call]
     assert all(call["resume"] is True and call["keep_last"] == "1" and call["steps"] == "3" for call in trained)
     assert {(call["model"], call["seed"]) for call in trained} == {(f"t/seed_{s}/base", str(s)) for s in range(2)}
@@ -260,7 +264,10 @@ def test_failed_row_is_told_and_tried_again(stubs, tmp_path, monkeypatch, capfd)
     assert "out of memory" in (tmp_path / "t" / "seed_0" / "sft_lora" / "log.txt").read_text()
     table = (tmp_path / "t" / "table.md").read_text()
     assert "Not finished: sft_lora of seed 0." in table and "80.00" in table
-    (stubs / "fail_sft_lora").unlink()
+    (stubs / "fail_sft_lora").rename(stubs / "stop_sft_lora")  # as by a SIGTERM that only the training had
+    assert command_line(monkeypatch, "--out", "t", "--rows", "sft_lora,grpo_lora") == 1
+    assert "sft_lora of seed 0: training ended before t/seed_0/sft_lora/run/step_000003" in capfd.readouterr().err
+    (stubs / "stop_sft_lora").unlink()
     before = len(calls(stubs))
     assert command_line(monkeypatch, "--out", "t", "--rows", "sft_lora,grpo_lora") == 0
     assert [call["script"] for call in calls(stubs)[before:]] == ["sft_aqa.py", "eval_mmau.py"]
@@ -307,14 +314,14 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     assert command_line(monkeypatch, "--out", "t", "--rows", "sft_full,grpo_answer") == 0
     args = reproduce.parse_args(["--out", "t", "--steps", "100", "--nproc_per_node", "1"])
     for path in (tmp_path / "t").glob("seed_0/*/row.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation_seconds": 30}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation_seconds": 39}))
     half = tmp_path / "t" / "seed_0" / "grpo_lora" / "run"
     half.mkdir(parents=True)
     (half / "metrics.jsonl").write_text('{"seconds": 7}\n{"seconds": 9}\n{"secon')
     rows = {row.name: (0, row) for row in reproduce_rows.ROWS}
     todo = [rows[name] for name in ("untouched_think", "sft_lora", "grpo_think", "grpo_lora")]
     grpo = statistics.mean([4, 4, 4, 7, 9])  # of rows of that script; its own, where it has some
-    seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 30
+    seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 39
     assert reproduce_estimate.time_text(args, todo) == f"time: about {seconds / 60:.0f} min"
     args.out = "elsewhere"
     assert reproduce_estimate.time_text(args, todo).startswith("time: unknown")
