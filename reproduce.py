@@ -259,7 +259,7 @@ def reproduce(args: argparse.Namespace) -> int:
     check_folder(args)
     todo = [(seed, row) for seed, row in jobs(args) if not is_finished(args, seed, row)]
     print(f"{args.out}: {len(jobs(args)) - len(todo)} of {len(jobs(args))} rows are finished")
-    print(f"{time_text(args, todo)}\n{disk_text(args, todo)}", flush=True)
+    print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args, todo)}", flush=True)
     if args.dry_run:
         for seed, row in todo:
             if row.script:
@@ -282,7 +282,7 @@ def reproduce(args: argparse.Namespace) -> int:
         write_report(args, finished_rows(args), picture=False)
         print(f"\n{row.name}, seed {seed}: {duration(time.monotonic() - started)}", flush=True)
         if todo[number:]:
-            print(f"of the rows after it: {time_text(args, todo[number:])}", flush=True)
+            print(f"the {len(todo) - number} rows after it: {time_text(args, todo[number:])}", flush=True)
     table = write_report(args, finished_rows(args), picture=True)
     print(f"\n{table}\n{args.out}: table.md, table.png, results.json", flush=True)
     for reason in failed:

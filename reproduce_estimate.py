@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from statistics import mean
 
@@ -21,18 +22,23 @@ SMALL_FILES = 50_000_000  # of a row: processor, metrics, curves, predictions, l
 
 def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
     """How long the rows (seed, row) will still take, from the steps and evaluations that this folder has measured."""
-    trained = [(seed, row) for seed, row in todo if row.script]
-    steps = [step_seconds(args, seed, row) for seed, row in trained]
-    left = [args.steps - len(step_times(args, seed, row)) for seed, row in trained]
+    seconds, unknown = 0.0, Counter()
+    for seed, row in todo:
+        each = step_seconds(args, seed, row) if row.script else 0
+        if each is None:
+            unknown[f"trainings by {row.script}"] += 1
+        else:
+            seconds += each * (args.steps - len(step_times(args, seed, row)))
     evaluations = evaluation_seconds(args)
-    if not todo:
-        return "time: none, all rows are finished"
-    if (trained and None in steps) or (not trained and not evaluations):
-        return "time: unknown until the first row of its kind has run (--seconds_per_step gives an estimate before)"
-    seconds = sum(own * number for own, number in zip(steps, left))
-    if not evaluations:
-        return f"time: about {duration(seconds)} of training; evaluations unknown until the first has run"
-    return f"time: about {duration(seconds + mean(evaluations) * len(todo))}"
+    if evaluations:
+        seconds += mean(evaluations) * len(todo)
+    elif todo:
+        unknown["evaluations"] = len(todo)
+    parts = [f"about {duration(seconds)}"] if seconds or not unknown else []
+    if unknown:
+        listed = ", ".join(f"{number} {what}" for what, number in unknown.items())
+        parts.append(f"unknown until the first of its kind has run: {listed}")
+    return "; ".join(parts)
 
 
 def step_times(args: argparse.Namespace, seed: int, row: Row) -> list[float]:
@@ -106,7 +112,7 @@ def disk_bytes(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> int:
 
 
 def disk_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
-    return f"disk: {disk_bytes(args, todo) / GB:.1f} GB at most, {_free(args) / GB:.1f} GB are free"
+    return f"{disk_bytes(args, todo) / GB:.1f} GB at most, {_free(args) / GB:.1f} GB are free"
 
 
 def require_disk(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> None:

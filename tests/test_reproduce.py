@@ -306,7 +306,8 @@ def test_dry_run_writes_nothing(stubs, tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr().out
     assert not (tmp_path / "t").exists() and not calls(stubs)
     assert len([line for line in printed.splitlines() if line.startswith(sys.executable)]) == 2 * 15
-    assert "time: about 6 min of training" in printed  # 2 seeds x 6 rows x 3 steps x 10 s
+    # 2 seeds x 6 rows x 3 steps x 10 s
+    assert "time: about 6 min; unknown until the first of its kind has run: 18 evaluations\n" in printed
 
 
 def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
@@ -322,9 +323,10 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     todo = [rows[name] for name in ("untouched_think", "sft_lora", "grpo_think", "grpo_lora")]
     grpo = statistics.mean([4, 4, 4, 7, 9])  # of rows of that script; its own, where it has some
     seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 39
-    assert reproduce_estimate.time_text(args, todo) == f"time: about {seconds / 60:.0f} min"
+    assert reproduce_estimate.time_text(args, todo) == f"about {seconds / 60:.0f} min"
     args.out = "elsewhere"
-    assert reproduce_estimate.time_text(args, todo).startswith("time: unknown")
+    unknown = "1 trainings by sft_aqa.py, 2 trainings by grpo_aqa.py, 4 evaluations"
+    assert reproduce_estimate.time_text(args, todo) == f"unknown until the first of its kind has run: {unknown}"
 
 
 def test_disk_counted_is_disk_written(tiny, tmp_path):
