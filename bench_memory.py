@@ -200,7 +200,8 @@ PARTS = {
 def describe(args: argparse.Namespace) -> str:
     trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     return (
-        f"{trained}, {args.clip_seconds:g} s clips, groups of {args.group_size} completions of {args.max_new_tokens} tokens, "
+        f"{trained}, {args.clip_seconds:g} s clips, "
+        f"groups of {args.group_size} completions of {args.max_new_tokens} tokens, "
         f"{args.prompts_per_rank} prompts per GPU in {args.accumulation_steps} accumulation steps, "
         f"gradient checkpointing {args.gradient_checkpointing}"
     )

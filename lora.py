@@ -155,6 +155,8 @@ def adapter_base(folder: str) -> str:
         raise InputError(f"{folder}: not a LoRA adapter, its {CONFIG} says {kind}")
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder}: its {CONFIG} names no base model; name one there as base_model_name_or_path")
+    if os.path.realpath(base) == os.path.realpath(folder):
+        raise InputError(f"{folder}: its {CONFIG} names this very folder as base_model_name_or_path; name the base")
     if not Path(folder, WEIGHTS).is_file():
         pickled = ", only adapter_model.bin, which could run code when it is opened; convert it"
         pickled = pickled if Path(folder, "adapter_model.bin").exists() else ""

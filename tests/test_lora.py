@@ -67,7 +67,7 @@ def logprobs(model, inputs):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_logprobs_and_gradients_are_those_of_the_sum_of_weights(tiny, inputs, checkpointing):
-    """By autograd through W + B A * alpha / rank in a plain model, audio tower included; nothing else has a gradient."""
+    """By autograd through W + B A * alpha / rank in a plain model, tower included; nothing else has a gradient."""
     plain, model = adapted(tiny, torch.float64)
     pairs = {
         name: tuple(part["default"].weight.detach().clone().requires_grad_() for part in (layer.lora_A, layer.lora_B))
@@ -142,7 +142,7 @@ def test_targets(tiny):
     assert not any(p.requires_grad for p in model.model.audio_tower.parameters())
     for targets, frozen, message in (
         (["q_proj", "fc_one", "c"], False, "named fc_one, c; some/model has .*fc1, .*linear, lm_head, o_proj"),
-        (["fc1"], True, r"named fc1; some/model has down_proj, gate_proj, k_proj, linear, lm_head, o_proj, q_proj, up_"),
+        (["fc1"], True, r"named fc1; some/model has down_proj, gate_proj, k_proj, linear, lm_head, o_proj, q_proj,"),
         ([], False, "no layer is named"),
     ):
         with pytest.raises(InputError, match=f"--lora_targets: .*{message}"):
@@ -264,6 +264,10 @@ def with_nan(weights):
 BAD_ADAPTERS = {  # how it is damaged, and what is said of it
     "base moved": (config_with(base_model_name_or_path="/no/such"), "/no/such, cannot be used .it is not there.; put"),
     "no base": (config_with(base_model_name_or_path=None), "names no base model"),
+    "itself as base": (
+        lambda folder: config_with(base_model_name_or_path=str(folder))(folder),
+        "names this very folder",
+    ),
     "another kind": (config_with(peft_type="LOHA"), "not a LoRA adapter, its adapter_config.json says LOHA"),
     "broken config": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used .JSONDecodeE"),
     "list as config": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "cannot be used .TypeError"),
