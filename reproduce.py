@@ -182,7 +182,7 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
     """Run a command; what it prints goes to the terminal and is added to `log`. Returns its exit status.
 
     When this process is interrupted, the command gets a SIGTERM, upon which a training saves, and is waited for; at
-    the second interruption it is killed. Raises KeyboardInterrupt after either.
+    another Ctrl-C it is killed. Raises KeyboardInterrupt after either.
     """
     # In a session of its own, Ctrl-C reaches this process alone.
     process = subprocess.Popen(
@@ -194,7 +194,7 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
             _copy_output(process, file)
             return process.wait()
         except KeyboardInterrupt:
-            print("\nstopping; what is running saves first (again: stop at once)", flush=True)
+            print("\nstopping; what is running saves first (Ctrl-C again: stop at once)", flush=True)
             process.terminate()
             try:
                 _copy_output(process, file)
@@ -293,6 +293,8 @@ def reproduce(args: argparse.Namespace) -> int:
 
 
 def interrupt(signum, frame):
+    """Upon the first SIGTERM, stop as upon Ctrl-C. `timeout` and schedulers send more than one: those say no more."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

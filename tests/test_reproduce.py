@@ -59,6 +59,8 @@ for step in range(first, steps + 1):
     print(f"step {step}", flush=True)
     while (here / "wait").exists() and step == 2 and not ended:
         time.sleep(0.01)
+    if ended:
+        time.sleep(0.3)  # saving takes its time
     if ended or step == steps:
         (out / "resume" / f"step_{step:06d}").mkdir()
     if ended:
@@ -238,6 +240,9 @@ def test_interrupted_training_saves_and_continues(stubs, tmp_path, monkeypatch, 
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signum)
+        if signum == signal.SIGTERM:  # as `timeout` does, which signals its child and then the child's group
+            time.sleep(0.1)
+            os.kill(os.getpid(), signum)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         shutil.rmtree(tmp_path / "t", ignore_errors=True)
