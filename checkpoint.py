@@ -280,14 +280,15 @@ def save_run(
     save_state(out, progress, optimizer, generator)
 
 
-def save_bytes(policy, checkpoint: bool = True) -> int:
-    """The bytes that a save takes, rounded up a little: of the state and, if asked for, of a checkpoint, which is that
-    of the adapter alone for a policy with LoRA. Takes a policy on torch's meta device as well."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    size = sum(12 * p.numel() for p in trained)  # of the state: master and two moments
-    if checkpoint:
-        size += sum(p.numel() * p.element_size() for p in (trained if lora_layers(policy) else policy.parameters()))
-    return size + 20_000_000  # processor, metrics, curves
+def state_bytes(policy) -> int:
+    """The bytes of a resume state: a float32 master and two moments of each weight that is trained."""
+    return sum(12 * p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+def checkpoint_bytes(policy) -> int:
+    """The bytes of a checkpoint's weights: all of them, or those of the adapter. Of a policy without data as well."""
+    adapter = bool(lora_layers(policy))
+    return sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or not adapter)
 
 
 def free_bytes(out: Path) -> int:
@@ -297,7 +298,8 @@ def free_bytes(out: Path) -> int:
 
 def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
     """The bytes that the next save takes. Raises InputError if the disk has less room."""
-    size, free = save_bytes(policy, checkpoint), free_bytes(out)
+    size = state_bytes(policy) + checkpoint * checkpoint_bytes(policy) + 20_000_000  # processor, metrics, curves
+    free = free_bytes(out)
     if free < size:
         raise InputError(
             f"{out}: the next save takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room "

@@ -277,7 +277,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
 PAPER = dict(out="runs/<model's name>", lr=1e-6)
 # Without --model, these take the place of the defaults, which are the paper's.
-TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=16, lr=3e-4, dtype="float32")
+TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=32, lr=3e-4, dtype="float32")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -31,7 +31,6 @@ from reproduce_estimate import disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
 from reproduce_rows import (
     ROWS,
-    TOY_PROMPTS,
     Row,
     base_model,
     evaluation_command,
@@ -42,6 +41,7 @@ from reproduce_rows import (
     settings,
     training_command,
 )
+from training import TOY_PROMPTS
 
 # ---- command line ----
 

@@ -2,17 +2,19 @@
 
 import argparse
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import nn
 from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
+from checkpoint import checkpoint_bytes, free_bytes, state_bytes
 from data import InputError
+from lora import add_lora
+from policy import pick_dtype
 from reproduce_rows import LORA_RANK, ROWS, Row, row_folder
+from training import LORA_TARGETS
 
 GB = 1e9
 SMALL_FILES = 50_000_000  # of a row: processor, metrics, curves, predictions, log
@@ -80,18 +82,16 @@ def duration(seconds: float) -> str:
 def sizes(model: str) -> dict[bool, tuple[int, int]]:
     """(bytes of a checkpoint, bytes of a resume state) of full fine-tuning, [False], and of LoRA, [True].
 
-    Counted from the model's configuration on tensors without data. A state holds three float32 numbers for each
-    trained weight: the master and AdamW's two moments.
+    Counted from the model's configuration on tensors without data.
     """
+    dtype = pick_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
-        shapes = Qwen2AudioForConditionalGeneration(AutoConfig.from_pretrained(model))
-    weights = sum(p.numel() for p in shapes.parameters())
-    fixed = shapes.model.audio_tower.embed_positions.weight.numel()
-    # Two matrices beside each linear layer; an upper bound, since not all layers need to have them.
-    linear = [module for module in shapes.modules() if isinstance(module, nn.Linear)]
-    adapter = sum(LORA_RANK * (module.in_features + module.out_features) for module in linear)
-    per_weight = 2 if torch.cuda.is_available() else 4  # bfloat16 on GPUs
-    return {False: (per_weight * weights, 12 * (weights - fixed)), True: (4 * adapter, 12 * adapter)}
+        shapes = Qwen2AudioForConditionalGeneration(AutoConfig.from_pretrained(model)).to(dtype)
+    shapes.model.audio_tower.embed_positions.requires_grad_(False)  # as policy.load_policy has it
+
+    full = checkpoint_bytes(shapes), state_bytes(shapes)
+    add_lora(shapes, model, LORA_RANK, 1.0, 0.0, LORA_TARGETS.split(","), freeze_audio_tower=False, seed=0)
+    return {False: full, True: (checkpoint_bytes(shapes), state_bytes(shapes))}
 
 
 def disk_bytes(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> int:
@@ -112,19 +112,14 @@ def disk_bytes(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> int:
 
 
 def disk_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
-    return f"{disk_bytes(args, todo) / GB:.1f} GB at most, {_free(args) / GB:.1f} GB are free"
+    return f"{disk_bytes(args, todo) / GB:.1f} GB at most, {free_bytes(Path(args.out)) / GB:.1f} GB are free"
 
 
 def require_disk(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> None:
     """Raise InputError if the rows (seed, row) would not fit on the disk."""
-    needed, free = disk_bytes(args, todo), _free(args)
+    needed, free = disk_bytes(args, todo), free_bytes(Path(args.out))
     if todo and free < needed:
         raise InputError(
             f"{args.out}: the table takes up to {needed / GB:.1f} GB and {free / GB:.1f} GB are free; make room, or "
             "name a folder on another disk with --out"
         )
-
-
-def _free(args: argparse.Namespace) -> int:
-    out = Path(args.out).absolute()
-    return shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free

@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from training import LORA_LR, TOY_PROMPTS
+
 ROOT = Path(__file__).resolve().parent  # where the scripts are
 
 
@@ -29,14 +31,9 @@ ROWS = (
     Row("grpo_lora", "GRPO, LoRA (answer)", "answer", "grpo_aqa.py", lora=True),
 )
 
-# LoRA learns best at about ten times the rate of full fine-tuning, with SFT and with policy gradients
-# (thinkingmachines.ai/blog/lora). Full fine-tuning of the real model has its script's own rate.
-TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}
-TOY_LORA_LR = {"grpo_aqa.py": 3e-3, "sft_aqa.py": 1e-2}
-LORA_LR = {"grpo_aqa.py": 1e-5, "sft_aqa.py": 1e-4}
+TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}  # the real model has its scripts' own rates
 LORA_RANK = 8
-TOY_PROMPTS = 16  # of a step, shared by the processes
-TOY_TOKENS = {"direct": 16, "answer": 16, "think": 32}  # longest completion
+TOY_TOKENS = 32  # longest completion
 
 
 def jobs(args: argparse.Namespace) -> list[tuple[int, Row]]:
@@ -85,19 +82,18 @@ def training_flags(args: argparse.Namespace, seed: int, row: Row) -> dict:
     """Flags that decide what a row learns; what is not among them has the script's default, the paper's."""
     flags = {"template": row.template, "steps": args.steps, "seed": seed}
     if args.toy:
-        flags |= {"lr": TOY_LR[row.script], "dtype": "float32", "accumulation_steps": 1}
+        lr = TOY_LR[row.script] * (LORA_LR if row.lora else 1)
+        flags |= {"lr": lr, "dtype": "float32", "accumulation_steps": 1, "max_new_tokens": TOY_TOKENS}
         flags |= {"prompts_per_rank": TOY_PROMPTS // args.nproc_per_node}
-        if row.script == "grpo_aqa.py":
-            flags["max_new_tokens"] = TOY_TOKENS[row.template]
     if row.lora:
-        flags |= {"lora_rank": LORA_RANK, "lr": (TOY_LORA_LR if args.toy else LORA_LR)[row.script]}
+        flags["lora_rank"] = LORA_RANK
     return flags
 
 
 def evaluation_flags(args: argparse.Namespace, row: Row) -> dict:
     flags = {"template": row.template}
     if args.toy:
-        flags |= {"max_new_tokens": TOY_TOKENS[row.template], "dtype": "float32", "batch_size": 50}
+        flags |= {"max_new_tokens": TOY_TOKENS, "dtype": "float32", "batch_size": 50}
     return flags
 
 

@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
 DEFAULTS = dict(out="runs/<model's name>_sft", lr=1e-5)
 # Without --model, these take their place. The toy's base model and questions are GRPO's.
-TOY = dict(out="runs/toy_sft", steps=360, accumulation_steps=1, max_new_tokens=16, lr=1e-3, dtype="float32")
+TOY = dict(out="runs/toy_sft", steps=360, accumulation_steps=1, max_new_tokens=32, lr=1e-3, dtype="float32")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,6 +25,7 @@ import reproduce_estimate
 import reproduce_rows
 import toy
 from data import InputError
+from training import LORA_TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [row.name for row in reproduce_rows.ROWS]
@@ -197,16 +198,17 @@ def test_each_row_gets_its_flags():
         scripts = [next(Path(word).name for word in command if word.endswith(".py")) for command in commands.values()]
         assert scripts == ["sft_aqa.py"] * 2 + ["grpo_aqa.py"] * 4
         assert all(command[1:3] == ["-m", "torch.distributed.run"] for command in commands.values())
-        lora = float(told["grpo_lora"]["--lr"])
         if args.toy:
-            assert told["grpo_think"]["--max_new_tokens"] == "32" and lora == 0.003
+            assert float(told["grpo_lora"]["--lr"]) == pytest.approx(0.003)
+            assert float(told["sft_lora"]["--lr"]) == pytest.approx(0.01)
             assert all(own["--prompts_per_rank"] == "8" and own["--steps"] == "360" for own in told.values())
         else:
-            words = [word for word in commands["grpo_answer"] if word.startswith("--")]
-            start = commands["grpo_answer"].index("--model")
-            script = grpo_aqa.parse_args(commands["grpo_answer"][start:])
-            assert script.lr == 1e-6 and script.steps == 1000 and "--lr" not in words  # the script's, the paper's
-            assert lora == pytest.approx(10 * script.lr)
+            full, lora = (
+                grpo_aqa.parse_args(commands[name][commands[name].index("--model") :])
+                for name in ("grpo_answer", "grpo_lora")
+            )
+            assert full.lr == 1e-6 and full.steps == 1000  # the script's, the paper's
+            assert lora.lr == pytest.approx(1e-5)
 
 
 def test_paper_columns_stand_beside_the_real_model(stubs, tmp_path, monkeypatch):
@@ -335,7 +337,7 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
 
 
 def test_disk_counted_is_disk_written(tiny, tmp_path):
-    """Against files of the tiny model: its checkpoint, and peft's adapter on every linear layer."""
+    """Against files of the tiny model: its checkpoint, and peft's own adapter on the same layers."""
     model, _ = tiny
     model = model.float()
     model.save_pretrained(tmp_path / "m")
@@ -343,13 +345,11 @@ def test_disk_counted_is_disk_written(tiny, tmp_path):
     assert size[False][0] == pytest.approx((tmp_path / "m" / "model.safetensors").stat().st_size, rel=0.01)
     trained = sum(p.numel() for n, p in model.named_parameters() if "embed_positions" not in n)
     assert size[False][1] == 12 * trained
-    model.double()
+    model.double()  # as other tests expect it
     clone = type(model)(model.config)
-    adapted = peft.get_peft_model(clone, peft.LoraConfig(r=reproduce_rows.LORA_RANK, target_modules="all-linear"))
-    numbers = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    # peft leaves the output layer out
-    head = clone.get_output_embeddings()
-    assert size[True][1] == 12 * (numbers + reproduce_rows.LORA_RANK * sum(head.weight.shape))
+    config = peft.LoraConfig(r=reproduce_rows.LORA_RANK, target_modules=LORA_TARGETS.split(","))
+    numbers = sum(p.numel() for p in peft.get_peft_model(clone, config).parameters() if p.requires_grad)
+    assert size[True] == (4 * numbers, 12 * numbers)
 
 
 def test_too_small_a_disk_is_refused(stubs, tmp_path, monkeypatch):
