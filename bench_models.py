@@ -26,6 +26,7 @@ from lora import adapter_off, add_lora
 from optimizer import ShardedAdamW
 from policy import Prompt, completion_logprobs, sample_group
 from runtime import data_parallel
+from training import LORA_TARGETS
 
 GB = 1e9
 TEXT_TOKENS = 80  # of a prompt, beside its clip's
@@ -81,8 +82,7 @@ def make_prompt(model, prompts: int, clip_seconds: float) -> Prompt:
 
 def add_bench_lora(model, rank: int) -> None:
     """LoRA of that rank as the training scripts add it by default, audio tower included."""
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    add_lora(model, "random", rank, 32, 0.0, targets, freeze_audio_tower=False, seed=0)
+    add_lora(model, "random", rank, 32, 0.0, LORA_TARGETS.split(","), freeze_audio_tower=False, seed=0)
 
 
 def trainable(model) -> dict[str, nn.Parameter]:

@@ -24,7 +24,8 @@ from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait
 # What a run leaves in its folder, beside step_000100/, step_000200/, ...
 RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume")
 UNFINISHED = ".unfinished"
-# Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding.
+# Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding (and what an
+# adapter's dropout drops).
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph", "launchers"}
 
@@ -178,7 +179,7 @@ def remembered_template(folder: str | Path) -> str | None:
             raise ValueError(f"no such template: {template}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{file}: cannot be used ({reason}); remove it, and give the template by --template") from None
+        raise InputError(f"{file}: cannot be used ({reason}); repair it, or remove it and give --template") from None
     return template
 
 
@@ -228,7 +229,8 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
             own = ranks[dist.get_rank()]
             generator.set_state(own["generator"])
             for device, default in _default_generators(generator).items():
-                default.set_state(own["dropout"][device])
+                if device in own.get("dropout", {}):  # a state from before there was dropout has none
+                    default.set_state(own["dropout"][device])
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {reason})") from None

@@ -193,7 +193,8 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     policy, processor = load_policy_to_train(args, device)
     reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
     if args.beta != 0:  # with LoRA, it is the policy with its adapter off
-        reference = policy if args.lora_rank else copy.deepcopy(policy).requires_grad_(False)
+        shared = {id(policy.model.audio_tower): policy.model.audio_tower} if args.freeze_audio_tower else {}
+        reference = policy if args.lora_rank else copy.deepcopy(policy, shared).requires_grad_(False)
     learner = start(args, run, policy, processor, device)
     stop_ids = stop_token_ids(policy, processor)
     decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph == "on")
@@ -232,6 +233,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
             rollouts.append(Rollout(*inputs, advantages.flatten()[rows].to(device), ref_logprobs, old_logprobs))
 
         # 5. Updates. With a single one the policy is still the one that sampled: its ratio is 1, nothing is clipped.
+        #    (With several, dropout of an adapter puts its noise into the ratio.)
         length, updates = loss_length(mask, args.loss_average, args.max_new_tokens), []
         for _ in range(args.updates_per_rollout):
             with clock("train"), dropout_on(policy):
@@ -288,9 +290,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("beta", 0.04, "weight of the KL penalty; 0 holds no reference model")
     add("clip_low", 0.2, "the ratio is clipped below 1 minus this")
     add("clip_high", 0.2, "the ratio is clipped above 1 plus this")
-    add("ratio", "token", "of policy to old policy, per token or one per completion", choices=("token", "sequence"))
-    averages = ("completion", "token", "constant")
-    add("loss_average", "completion", "a token's loss is divided by what loss_length says", choices=averages)
+    add("ratio", "token", "clipped by token, or one by completion: GSPO", choices=("token", "sequence"))
+    averages = "divide a completion's loss by its length, the step's mean length, or --max_new_tokens"
+    add("loss_average", "completion", averages, choices=("completion", "token", "constant"))
     add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
     add("updates_per_rollout", 1, "optimizer steps on each rollout")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")

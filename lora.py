@@ -98,7 +98,8 @@ def adapter_off(model):
 @contextmanager
 def dropout_on(model):
     """Inside `with`, adapters drop inputs at random, by torch's default generator; all else stays in eval mode."""
-    dropouts = [layer.lora_dropout for layer in lora_layers(model).values()]
+    layers = lora_layers(model).values()
+    dropouts = [module for layer in layers for module in layer.lora_dropout.values() if isinstance(module, nn.Dropout)]
     try:
         for dropout in dropouts:
             dropout.train()
@@ -153,6 +154,9 @@ def adapter_base(folder: str) -> str:
         raise InputError(f"{folder}: its {CONFIG} cannot be used ({type(error).__name__}: {error})") from None
     if kind != "LORA":
         raise InputError(f"{folder}: not a LoRA adapter, its {CONFIG} says {kind}")
+    if config.get("modules_to_save"):
+        whole = config["modules_to_save"]
+        raise InputError(f"{folder}: holds more than LoRA, whole modules {whole}; merge it with peft")
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder}: its {CONFIG} names no base model; name one there as base_model_name_or_path")
     if os.path.realpath(base) == os.path.realpath(folder):

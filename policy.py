@@ -67,7 +67,7 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     """
     check_model(name_or_path)
     if is_adapter(name_or_path):
-        model, _ = load_policy(adapter_base(name_or_path), dtype, device)
+        model, _ = load_policy(adapter_base(name_or_path), dtype, torch.device("cpu"))  # merged alike everywhere
         with _one_line_errors(name_or_path, "a LoRA adapter"):
             processor = AutoProcessor.from_pretrained(name_or_path)
             merge_adapter(model, name_or_path)

@@ -126,6 +126,11 @@ def parse_settings(
 
     check_at_least(parser, args, 1, "steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "save_every")
     check_at_least(parser, args, 0, "keep_last", "lora_rank")
+    for name in () if args.lora_rank else ("lora_alpha", "lora_dropout", "lora_targets"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} needs --lora_rank")
+    if args.lora_alpha <= 0:
+        parser.error(f"--lora_alpha must be above 0, not {args.lora_alpha}")
     if not 0 <= args.lora_dropout < 1:
         parser.error(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     if args.prompts_per_rank % args.accumulation_steps:
@@ -202,7 +207,8 @@ def load_policy_to_train(args: argparse.Namespace, device: torch.device):
     if args.freeze_audio_tower:
         freeze_audio_tower(policy)
     if args.lora_rank:
-        how = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets.split(",")
+        targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
+        how = args.lora_rank, args.lora_alpha, args.lora_dropout, targets
         try:
             add_lora(policy, args.model, *how, args.freeze_audio_tower, args.seed)
         except InputError as error:

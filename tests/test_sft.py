@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import grpo_aqa
 import sft_aqa
 import toy
 from data import InputError, build_prompt, load_audio, target_text
@@ -179,3 +180,27 @@ def test_defaults(monkeypatch):
     assert (args.model, args.out, args.prompts_per_rank) == ("runs/toy/base", "runs/toy_sft", 16)
     args = sft_aqa.parse_args(["--model", "some/Model", "--data", "x.json"])
     assert (args.out, args.steps, args.prompts_per_rank) == ("runs/Model_sft", 1000, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--lora_dropout", "0.1"], "--lora_dropout needs --lora_rank"),
+        (["--lora_rank", "-1"], "--lora_rank must be at least 0"),
+        (["--lora_rank", "8", "--lora_alpha", "0"], "--lora_alpha must be above 0"),
+        (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout must be at least 0 and below 1"),
+    ],
+)
+def test_settings_that_contradict_are_refused(flags, said, capsys):
+    for parse_args in (sft_aqa.parse_args, grpo_aqa.parse_args):
+        with pytest.raises(SystemExit):
+            parse_args(flags)
+        assert said in capsys.readouterr().err
+
+
+def test_lora_takes_ten_times_the_learning_rate_unless_told():
+    for parse_args, lr in ((sft_aqa.parse_args, 1e-5), (grpo_aqa.parse_args, 1e-6)):
+        real = ["--model", "some/Model", "--data", "x.json"]
+        given = parse_args([*real, "--lora_rank", "8", "--lr", str(lr)])
+        assert (parse_args(real).lr, given.lr) == (lr, lr)
+        assert parse_args([*real, "--lora_rank", "8"]).lr == pytest.approx(10 * lr)
