@@ -87,11 +87,14 @@ def _best(correct: dict[int, list[bool]]) -> list[str]:
     return lines
 
 
+def escape_markdown(text: str) -> str:
+    """Text in which Markdown sees no markup: a file's name or a task is any text."""
+    return "".join("\\" + c if c in "\\`*_[]<>|&~$" else c for c in text)
+
+
 def _markdown(caption: str, rows: list[tuple], verdict: list[str]) -> str:
     heading, *others = rows
-    caption, *heading = (  # a file's name or a task is any text
-        "".join("\\" + c if c in "\\`*_[]<>|&~$" else c for c in text) for text in (caption, *heading)
-    )
+    caption, *heading = map(escape_markdown, (caption, *heading))
     lines = ["| " + " | ".join(row) + " |" for row in (heading, *others)]
     lines.insert(1, "|---|" + "---:|" * (len(heading) - 1))
     return "\n".join(["# Accuracy by checkpoint", "", caption, "", *lines, "", *(f"- {line}" for line in verdict), ""])

@@ -11,36 +11,29 @@ its journal.
 """
 
 import argparse
-import hashlib
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 import toy
-from checkpoint import remove, write_text
+from checkpoint import UNFINISHED, remove, step_folders, write_text
 from data import InputError, check_answers, digest, load_questions
 from policy import check_model
-from reproduce_estimate import disk_text, duration, require_disk, time_text
+from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
 from reproduce_rows import (
-    ROWS,
-    Row,
-    base_model,
-    evaluation_command,
-    jobs,
-    last_checkpoint,
-    predictions_file,
-    row_folder,
-    settings,
-    training_command,
-)
+    ROWS, Row, base_model, evaluation_command, finished_rows, is_finished, is_own, jobs, last_checkpoint,
+    predictions_file, row_folder, settings, sha256, training_command,
+)  # fmt: skip
 from training import TOY_PROMPTS
 
 # ---- command line ----
@@ -74,13 +67,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("dry_run", "print the estimate and the commands, and do nothing", action="store_true")
 
     args = parser.parse_args(argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        parser.error("start it with python: it calls torchrun itself")
     args.toy = args.model is None
+    args.steps = (360 if args.toy else 1000) if args.steps is None else args.steps
+    if args.nproc_per_node is None:
+        args.nproc_per_node = 2 if args.toy else max(1, torch.cuda.device_count())
     if args.toy:
         for name in ("data", "audio_dir", "mmau", "mmau_audio_dir"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --model")
         args.out = args.out or "runs/reproduce_toy"
-        args.steps, args.nproc_per_node = args.steps or 360, args.nproc_per_node or 2
         args.data, args.mmau = (os.path.join(args.out, "world", name) for name in ("train.jsonl", "heldout.json"))
     else:
         for name in ("data", "mmau"):
@@ -89,8 +86,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if (args.label_noise, args.heldout_noise) != (0.0, 1.0):
             parser.error("--label_noise and --heldout_noise are the toy's: they do not go with --model")
         args.out = args.out or "runs/reproduce"
-        args.steps = args.steps or 1000
-        args.nproc_per_node = args.nproc_per_node or max(1, torch.cuda.device_count())
     args.rows = args.rows.split(",") if args.rows else names
     for name in args.rows:
         if name not in names:
@@ -102,10 +97,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--nproc_per_node must divide the toy's {TOY_PROMPTS} questions a step")
     if not 0 <= args.label_noise <= 1:
         parser.error(f"--label_noise must be from 0 to 1, not {args.label_noise}")
-    if args.heldout_noise < 0:
-        parser.error(f"--heldout_noise must be at least 0, not {args.heldout_noise}")
-    if args.seconds_per_step is not None and args.seconds_per_step <= 0:
-        parser.error(f"--seconds_per_step must be above 0, not {args.seconds_per_step}")
+    if not 0 <= args.heldout_noise < math.inf:
+        parser.error(f"--heldout_noise must be a number from 0 on, not {args.heldout_noise}")
+    if args.seconds_per_step is not None and not 0 < args.seconds_per_step < math.inf:
+        parser.error(f"--seconds_per_step must be a number above 0, not {args.seconds_per_step}")
     return args
 
 
@@ -116,29 +111,10 @@ class RowFailed(Exception):
     """A script did not do its part of a row; the other rows go on."""
 
 
-def record(args: argparse.Namespace, seed: int, row: Row) -> dict:
-    """What a row's row.json says; empty where there is none."""
-    path = row_folder(args, seed, row) / "row.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def is_finished(args: argparse.Namespace, seed: int, row: Row) -> bool:
-    """Whether a row has its predictions, of these settings and as they were written."""
-    found, predictions = record(args, seed, row), predictions_file(args, seed, row)
-    same = found.get("settings") == settings(args, seed, row)
-    return same and predictions.exists() and found.get("predictions_sha256") == _sha256(predictions)
-
-
-def finished_rows(args: argparse.Namespace) -> list[tuple[int, str]]:
-    """(seed, row's name) of all rows that the table can show, whether or not --rows names them."""
-    every = argparse.Namespace(**vars(args) | {"rows": [row.name for row in ROWS]})
-    return [(seed, row.name) for seed, row in jobs(every) if is_finished(args, seed, row)]
-
-
 def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
     """Train and evaluate a row, or go on where it stopped. Raises RowFailed."""
     folder, own = row_folder(args, seed, row), settings(args, seed, row)
-    if folder.exists() and record(args, seed, row).get("settings") != own:
+    if folder.exists() and not is_own(args, seed, row):
         number = 1
         while (earlier := folder.with_name(f"{row.name}.earlier_{number}")).exists():
             number += 1
@@ -151,21 +127,25 @@ def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
             _run_part(args, "training", training_command(args, seed, row), folder / "log.txt")
             if not checkpoint.exists():
                 raise RowFailed(f"training ended before {checkpoint} was there")
-        state = folder / "run" / "resume"
-        if state.exists():
-            remove(state)  # most of the row's size, and of no more use
+        _remove_all_but(checkpoint)
     started = time.monotonic()
     _run_part(args, "evaluation", evaluation_command(args, seed, row), folder / "log.txt")
     predictions = predictions_file(args, seed, row)
     if not predictions.exists():
         raise RowFailed(f"evaluation ended without {predictions}")
-    done = {"settings": own, "predictions_sha256": _sha256(predictions)}
+    done = {"settings": own, "predictions_sha256": sha256(predictions)}
     done |= {"evaluation_seconds": round(time.monotonic() - started, 1)}
     write_text(folder / "row.json", json.dumps(done, indent=2) + "\n")
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _remove_all_but(checkpoint: Path) -> None:
+    """Remove a run's resume state, most of its size, its other checkpoints, and what an interrupted removal left."""
+    run = checkpoint.parent
+    for path in run.glob(f"*{UNFINISHED}"):
+        remove(path)
+    for path in (run / "resume", *step_folders(run)):
+        if path.exists() and path != checkpoint:
+            remove(path)
 
 
 def _run_part(args: argparse.Namespace, part: str, command: list[str], log: Path) -> None:
@@ -184,39 +164,63 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
     When this process is interrupted, the command gets a SIGTERM, upon which a training saves, and is waited for; at
     another Ctrl-C it is killed. Raises KeyboardInterrupt after either.
     """
-    # In a session of its own, Ctrl-C reaches this process alone.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
     with open(log, "ab") as file:
         file.write(f"\n$ {shlex.join(command)}\n".encode())
+        # In a session of its own, Ctrl-C reaches this process alone.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            _copy_output(process, file)
-            return process.wait()
-        except KeyboardInterrupt:
-            print("\nstopping; what is running saves first (Ctrl-C again: stop at once)", flush=True)
-            process.terminate()
+            error = _copy_output(process, file)
+            status = process.wait()
+        except BaseException:
             try:
+                process.terminate()
+                with suppress(OSError):  # a terminal that is gone
+                    print("\nstopping; what is running saves first (Ctrl-C again: stop at once)", flush=True)
                 _copy_output(process, file)
                 process.wait()
-            except KeyboardInterrupt:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            except BaseException:
+                _kill(process)
             raise
+    if error:
+        raise error
+    return status
 
 
-def _copy_output(process: subprocess.Popen, log) -> None:
-    """Copy to the terminal as it comes and to the log line by line, of a progress bar only its last state."""
-    line = b""
-    while chunk := os.read(process.stdout.fileno(), 65536):
-        sys.stdout.buffer.write(chunk)
-        sys.stdout.buffer.flush()
+def _copy_output(process: subprocess.Popen, log) -> OSError | None:
+    """Copy to the terminal as it comes and to the log line by line, of a progress bar only its last state.
+
+    Reads to the end, so that the process never waits, even when the terminal is gone or the log's disk is full.
+    Returns what the log could not be written for.
+    """
+    line, error, chunk = b"", None, None
+    while chunk != b"":
+        chunk = os.read(process.stdout.fileno(), 65536)
+        with suppress(OSError):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
         *lines, line = (line + chunk).split(b"\n")
-        for text in lines:
-            log.write(text.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
         line = line[line.rfind(b"\r", 0, -1) + 1 :]
-        log.flush()
-    log.write(line)
+        try:
+            for text in lines:
+                log.write(text.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
+            log.write(b"" if chunk else line)
+            log.flush()
+        except OSError as failure:
+            error = failure
+    return error
+
+
+def _kill(process: subprocess.Popen) -> None:
+    """Kill a command at once, and torchrun's workers, which have sessions of their own."""
+    groups = [process.pid]
+    with suppress(OSError):  # no /proc
+        groups += map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    for group in groups:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
 
 
 # ---- the table ----
@@ -238,7 +242,10 @@ def check_folder(args: argparse.Namespace) -> None:
         if not args.dry_run:
             write_text(path, json.dumps(identity, indent=2) + "\n")
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
     different = [name for name in saved | identity if saved.get(name, "") != identity.get(name, "")]
     if different:
         listed = ", ".join(f"{name} {saved.get(name)} (now {identity.get(name)})" for name in different)
@@ -259,14 +266,15 @@ def reproduce(args: argparse.Namespace) -> int:
     check_folder(args)
     todo = [(seed, row) for seed, row in jobs(args) if not is_finished(args, seed, row)]
     print(f"{args.out}: {len(jobs(args)) - len(todo)} of {len(jobs(args))} rows are finished")
-    print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args, todo)}", flush=True)
+    needed = disk_bytes(args, todo)
+    print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args, needed)}", flush=True)
     if args.dry_run:
         for seed, row in todo:
             if row.script:
                 print(shlex.join(training_command(args, seed, row)))
             print(shlex.join(evaluation_command(args, seed, row)))
         return 0
-    require_disk(args, todo)
+    require_disk(args, needed)
     failed = []
     for number, (seed, row) in enumerate(todo, start=1):
         print(f"\n==== {row.name}, seed {seed}: row {number} of {len(todo)}", flush=True)
@@ -283,8 +291,10 @@ def reproduce(args: argparse.Namespace) -> int:
         print(f"\n{row.name}, seed {seed}: {duration(time.monotonic() - started)}", flush=True)
         if todo[number:]:
             print(f"the {len(todo) - number} rows after it: {time_text(args, todo[number:])}", flush=True)
-    table = write_report(args, finished_rows(args), picture=True)
-    print(f"\n{table}\n{args.out}: table.md, table.png, results.json", flush=True)
+    finished = finished_rows(args)
+    table = write_report(args, finished, picture=True)
+    files = "table.md, table.png, results.json" if finished else "table.md, results.json"
+    print(f"\n{table}\n{args.out}: {files}", flush=True)
     for reason in failed:
         print(f"reproduce.py: error: {reason}", file=sys.stderr)
     if failed:
@@ -292,15 +302,24 @@ def reproduce(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
+
+
 def interrupt(signum, frame):
-    """Upon the first SIGTERM, stop as upon Ctrl-C. `timeout` and schedulers send more than one: those say no more."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Upon the first SIGTERM or SIGHUP, stop as upon Ctrl-C.
+
+    `timeout` and schedulers send more than one: those say no more.
+    """
+    for ending in ENDINGS:
+        signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> int:
     args = parse_args()
-    signal.signal(signal.SIGTERM, interrupt)
+    for ending in ENDINGS:
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(ending, interrupt)
     try:
         return reproduce(args)
     except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk

@@ -11,9 +11,9 @@ from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
 from checkpoint import checkpoint_bytes, free_bytes, state_bytes
 from data import InputError
-from lora import add_lora
+from lora import adapter_base, add_lora, is_adapter
 from policy import pick_dtype
-from reproduce_rows import LORA_RANK, ROWS, Row, row_folder
+from reproduce_rows import LORA_RANK, ROWS, Row, is_own, is_trained, read_record, row_folder
 from training import LORA_TARGETS
 
 GB = 1e9
@@ -30,7 +30,8 @@ def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
         if each is None:
             unknown[f"trainings by {row.script}"] += 1
         else:
-            seconds += each * (args.steps - len(step_times(args, seed, row)))
+            done = len(step_times(args, seed, row)) if is_own(args, seed, row) else 0
+            seconds += each * max(0, args.steps - done)
     evaluations = evaluation_seconds(args)
     if evaluations:
         seconds += mean(evaluations) * len(todo)
@@ -65,7 +66,7 @@ def evaluation_seconds(args: argparse.Namespace) -> list[float]:
     """The seconds of each evaluation that has ended."""
     found = []
     for path in Path(args.out).glob("seed_*/*/row.json"):
-        seconds = json.loads(path.read_text(encoding="utf-8")).get("evaluation_seconds")
+        seconds = read_record(path).get("evaluation_seconds")
         found += [] if seconds is None else [seconds]
     return found
 
@@ -82,8 +83,10 @@ def duration(seconds: float) -> str:
 def sizes(model: str) -> dict[bool, tuple[int, int]]:
     """(bytes of a checkpoint, bytes of a resume state) of full fine-tuning, [False], and of LoRA, [True].
 
-    Counted from the model's configuration on tensors without data.
+    Counted from the model's configuration on tensors without data; of an adapter, from its base's.
     """
+    while is_adapter(model):
+        model = adapter_base(model)
     dtype = pick_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
         shapes = Qwen2AudioForConditionalGeneration(AutoConfig.from_pretrained(model)).to(dtype)
@@ -98,27 +101,30 @@ def disk_bytes(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> int:
     """The most that the rows (seed, row) will add to the disk at one time.
 
     A finished row keeps its last checkpoint. While a row is saved, the state before it and the checkpoint before it
-    are there as well. What unfinished rows already hold is not added again. The toy takes next to nothing.
+    are there as well. What unfinished rows of the same settings already hold is not added again, and one that only
+    has to be evaluated takes no more. The toy takes next to nothing.
     """
     needed = SMALL_FILES * len(todo)
-    trained = [(seed, row) for seed, row in todo if row.script]
-    if args.toy or not trained:
+    untrained = [(seed, row) for seed, row in todo if row.script and not is_trained(args, seed, row)]
+    if args.toy or not untrained:
         return needed
     size = sizes(args.model)
-    needed += sum(size[row.lora][0] for _, row in trained)
-    needed += max(size[row.lora][0] + 2 * size[row.lora][1] for _, row in trained)
-    held = sum(path.stat().st_size for job in trained for path in row_folder(args, *job).rglob("*") if path.is_file())
+    needed += sum(size[row.lora][0] for _, row in untrained)
+    needed += max(size[row.lora][0] + 2 * size[row.lora][1] for _, row in untrained)
+    own = [row_folder(args, *job) for job in untrained if is_own(args, *job)]
+    held = sum(path.stat().st_size for folder in own for path in folder.rglob("*") if path.is_file())
     return max(SMALL_FILES, needed - held)
 
 
-def disk_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
-    return f"{disk_bytes(args, todo) / GB:.1f} GB at most, {free_bytes(Path(args.out)) / GB:.1f} GB are free"
+def disk_text(args: argparse.Namespace, needed: int) -> str:
+    """disk_bytes' number beside what is free."""
+    return f"{needed / GB:.1f} GB at most, {free_bytes(Path(args.out)) / GB:.1f} GB are free"
 
 
-def require_disk(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> None:
-    """Raise InputError if the rows (seed, row) would not fit on the disk."""
-    needed, free = disk_bytes(args, todo), free_bytes(Path(args.out))
-    if todo and free < needed:
+def require_disk(args: argparse.Namespace, needed: int) -> None:
+    """Raise InputError if disk_bytes' number is more than is free."""
+    free = free_bytes(Path(args.out))
+    if free < needed:
         raise InputError(
             f"{args.out}: the table takes up to {needed / GB:.1f} GB and {free / GB:.1f} GB are free; make room, or "
             "name a folder on another disk with --out"

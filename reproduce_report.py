@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from checkpoint import UNFINISHED, write_text
 from data import Question
-from eval_report import TASKS
+from eval_report import TASKS, escape_markdown
 from reproduce_rows import ROWS, jobs, predictions_file
 from reward import guessing
 from scores import Score, accuracy_by, discordant, in_order, is_right, mcnemar_exact, p_text, read_predictions
@@ -47,7 +47,7 @@ def results(args: argparse.Namespace, finished: list[tuple[int, str]]) -> dict:
         rows.append({"row": row.name, "title": row.title, "seeds": seeds, "spread": spread})
         rows[-1]["paper"] = None if args.toy else PAPER.get(row.name)
     tests = []
-    for seed in range(args.seeds):
+    for seed in sorted({seed for seed, _ in finished}):
         pair = [rights.get((name, seed)) for name in COMPARED]
         if None not in pair:
             only_first, only_second = discordant(*pair)
@@ -74,18 +74,19 @@ def _scores(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
 def write_report(args: argparse.Namespace, finished: list[tuple[int, str]], picture: bool) -> str:
     """Write results.json and table.md into args.out and, if asked for, table.png. Returns the table's text."""
     found, out = results(args, finished), Path(args.out)
+    found = caption(args, finished) | found
     text = markdown(args, found)
-    write_text(out / "results.json", json.dumps(caption(args) | found, indent=2) + "\n")
+    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(out / "table.md", text)
     if picture and found["questions"]:
         draw(out / "table.png", args, found)
     return text
 
 
-def caption(args: argparse.Namespace) -> dict:
+def caption(args: argparse.Namespace, finished: list[tuple[int, str]]) -> dict:
     """What the table is of."""
     about = {"model": "the toy's, 0.8 million weights" if args.toy else args.model, "steps": args.steps}
-    about |= {"seeds": args.seeds, "evaluated_on": args.mmau}
+    about |= {"seeds": len({seed for seed, _ in finished}), "evaluated_on": args.mmau}
     return about | ({"label_noise": args.label_noise, "heldout_noise": args.heldout_noise} if args.toy else {})
 
 
@@ -93,28 +94,29 @@ def markdown(args: argparse.Namespace, found: dict) -> str:
     """The table in the paper's layout, and what to know about it."""
     columns, published = found["columns"], not args.toy
     seeds_of = {row["row"]: row["seeds"] for row in found["rows"]}
-    missing = [f"{row.name} of seed {seed}" for seed, row in jobs(args) if seed not in seeds_of[row.name]]
+    last = max((seed for seeds in seeds_of.values() for seed in seeds), default=0)  # of an earlier call, it may be
+    asked = argparse.Namespace(**vars(args) | {"seeds": max(args.seeds, last + 1)})
+    missing = [f"{row.name} of seed {seed}" for seed, row in jobs(asked) if seed not in seeds_of[row.name]]
     known = ("sound", "music", "speech", "average") if published else ()
-    table = [["", *map(_plain, columns), *(f"paper: {column}" for column in known)]]
+    table = [["", *map(escape_markdown, columns), *(f"paper: {column}" for column in known)]]
     for row in found["rows"]:
         cells = [_cell(row, column) for column in columns]
         table.append([row["title"], *cells, *(_published(row, column) for column in known)])
     if found["questions"]:
         table.append(["guessing", *[""] * (len(columns) - 1), f"{found['guessing']:.2f}", *[""] * len(known)])
 
-    about = caption(args)
     noise = f"; label noise {args.label_noise:g}, held-out noise {args.heldout_noise:g}" if args.toy else ""
     lines = [
         "# GRPO against supervised fine-tuning",
         "",
-        _plain(f"Model: {about['model']}. {found['questions']} questions of {args.mmau}{noise}."),
+        escape_markdown(f"Model: {found['model']}. {found['questions']} questions of {args.mmau}{noise}."),
         f"Every trained row: {args.steps} steps on the same questions in the same order, evaluated by its last "
         "checkpoint, greedily, with the template it was trained with.",
         "Accuracy in percent by MMAU's rule; average: over all questions. "
         "In brackets: 95% Wilson intervals.",
     ]
-    if args.seeds > 1:
-        lines[-1] += f" Of {args.seeds} seeds: mean ± standard deviation (lowest to highest)."
+    if found["seeds"] > 1:
+        lines[-1] += f" Of {found['seeds']} seeds: mean ± standard deviation (lowest to highest)."
         lines[-1] += "" if args.toy else " The untouched model is the same for every seed."
     if missing:
         lines.append(f"Not finished: {', '.join(missing)}.")
@@ -137,11 +139,6 @@ def verdict(found: dict) -> list[str]:
             f"McNemar's exact test: p = {p_text(test['p'])}, {told}"
         )
     return lines
-
-
-def _plain(text: str) -> str:
-    """Text in which Markdown sees no markup: a file's name or a task is any text."""
-    return "".join("\\" + c if c in "\\`*_[]<>|&~$" else c for c in text)
 
 
 def _cell(row: dict, column: str) -> str:
@@ -197,7 +194,9 @@ def draw(path: Path, args: argparse.Namespace, found: dict) -> None:
     axis.set_yticks(range(len(found["rows"])), [row["title"] for row in found["rows"]])
     axis.set_ylim(len(found["rows"]) - 0.4, -0.95)
     axis.set_xlim(0, 108)
-    shown = "lines: lowest to highest seed" if args.seeds > 1 else "lines: 95% intervals"
+    shown = "lines: 95% intervals"
+    if found["seeds"] > 1:
+        shown = "lines: lowest to highest seed, or the 95% interval of a single one"
     shown += "" if args.toy else "; diamonds: the paper"
     axis.set_xlabel(f"accuracy over all {found['questions']} questions (%); {shown}")
     axis.grid(axis="x", alpha=0.3)

@@ -1,6 +1,8 @@
 """The rows of the paper's table: how each is trained and evaluated, as command lines of the scripts."""
 
 import argparse
+import hashlib
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +78,44 @@ def settings(args: argparse.Namespace, seed: int, row: Row) -> dict:
         flags["prompts_per_rank"] = TOY_PROMPTS if args.toy else f"{args.nproc_per_node} processes"
         found["training"] = {"script": row.script} | flags
     return found
+
+
+def read_record(path: Path) -> dict:
+    """What a row.json says; empty where there is none, or one that is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_own(args: argparse.Namespace, seed: int, row: Row) -> bool:
+    """Whether a row's folder is there and of these settings."""
+    return read_record(row_folder(args, seed, row) / "row.json").get("settings") == settings(args, seed, row)
+
+
+def is_trained(args: argparse.Namespace, seed: int, row: Row) -> bool:
+    """Whether a row's last checkpoint is there, of these settings."""
+    return is_own(args, seed, row) and last_checkpoint(args, seed, row).exists()
+
+
+def is_finished(args: argparse.Namespace, seed: int, row: Row) -> bool:
+    """Whether a row has its predictions, of these settings and as they were written."""
+    written = read_record(row_folder(args, seed, row) / "row.json").get("predictions_sha256")
+    predictions = predictions_file(args, seed, row)
+    return is_own(args, seed, row) and predictions.exists() and written == sha256(predictions)
+
+
+def finished_rows(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """(seed, row's name) of all rows that the table can show, whether or not --rows and --seeds ask for them."""
+    numbers = [path.name.removeprefix("seed_") for path in Path(args.out).glob("seed_*")]
+    seeds = max([args.seeds, *(int(number) + 1 for number in numbers if number.isdecimal())])
+    every = argparse.Namespace(**vars(args) | {"rows": [row.name for row in ROWS], "seeds": seeds})
+    return [(seed, row.name) for seed, row in jobs(every) if is_finished(args, seed, row)]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def training_flags(args: argparse.Namespace, seed: int, row: Row) -> dict:

@@ -120,11 +120,12 @@ def expected(name, seed):
 def command_line(monkeypatch, *flags):
     """reproduce.py's exit status for these flags, run in this process."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--nproc_per_node", "1", "--steps", "3", *map(str, flags)])
-    before = signal.getsignal(signal.SIGTERM)
+    before = [(ending, signal.getsignal(ending)) for ending in reproduce.ENDINGS]
     try:
         return reproduce.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for ending, handler in before:
+            signal.signal(ending, handler)
 
 
 def calls(stubs):
@@ -327,6 +328,8 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     half.mkdir(parents=True)
     (half / "metrics.jsonl").write_text('{"seconds": 7}\n{"seconds": 9}\n{"secon')
     rows = {row.name: (0, row) for row in reproduce_rows.ROWS}
+    own = {"settings": reproduce_rows.settings(args, *rows["grpo_lora"])}
+    half.with_name("row.json").write_text(json.dumps(own))
     todo = [rows[name] for name in ("untouched_think", "sft_lora", "grpo_think", "grpo_lora")]
     grpo = statistics.mean([4, 4, 4, 7, 9])  # of rows of that script; its own, where it has some
     seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 39
@@ -336,8 +339,9 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     assert reproduce_estimate.time_text(args, todo) == f"unknown until the first of its kind has run: {unknown}"
 
 
-def test_disk_counted_is_disk_written(tiny, tmp_path):
+def test_disk_counted_is_disk_written(tiny, tmp_path, monkeypatch):
     """Against files of the tiny model: its checkpoint, and peft's own adapter on the same layers."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # a GPU has bfloat16
     model, _ = tiny
     model = model.float()
     model.save_pretrained(tmp_path / "m")
@@ -361,10 +365,10 @@ def test_too_small_a_disk_is_refused(stubs, tmp_path, monkeypatch):
     assert reproduce_estimate.disk_bytes(args, todo) == needed
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
-    reproduce_estimate.require_disk(args, todo)
+    reproduce_estimate.require_disk(args, needed)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed - 1))
     with pytest.raises(InputError, match=r"t: the table takes up to 17\.5 GB and 17\.5 GB are free; make room"):
-        reproduce_estimate.require_disk(args, todo)
+        reproduce_estimate.require_disk(args, needed)
 
 
 @pytest.mark.parametrize("flags, error", [
