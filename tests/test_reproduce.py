@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections import namedtuple
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import grpo_aqa
 import reproduce
 import reproduce_estimate
 import reproduce_rows
+import sft_aqa
 import toy
 from data import InputError
 from training import LORA_TARGETS
@@ -212,6 +214,35 @@ def test_each_row_gets_its_flags():
             assert lora.lr == pytest.approx(1e-5)
 
 
+def test_toy_rows_have_the_scripts_own_settings():
+    args = reproduce.parse_args([])
+    rows = {row.name: row for row in reproduce_rows.ROWS}
+    for name, script in (("grpo_answer", grpo_aqa), ("sft_full", sft_aqa)):
+        flags = reproduce_rows.training_flags(args, 0, rows[name])
+        own = {key: value for key, value in script.TOY.items() if key != "out"}
+        assert {key: flags[key] for key in own} == own
+        assert reproduce_rows.evaluation_flags(args, rows[name])["dtype"] == own["dtype"]
+
+
+def test_fewer_seeds_keep_the_table(stubs, tmp_path, monkeypatch, capfd):
+    """A call for fewer seeds shows those that are there; one whose row is missing is named."""
+    rows = ("--out", "t", "--rows", "sft_full,grpo_answer")
+    assert command_line(monkeypatch, *rows, "--seeds", 3) == 0
+    results, table = ((tmp_path / "t" / name).read_text() for name in ("results.json", "table.md"))
+    assert "Of 3 seeds" in table and json.loads(results)["seeds"] == 3
+    assert command_line(monkeypatch, *rows, "--seeds", 1) == 0
+    assert [(tmp_path / "t" / name).read_text() for name in ("results.json", "table.md")] == [results, table]
+    shutil.rmtree(tmp_path / "t" / "seed_1")
+    assert command_line(monkeypatch, *rows, "--seeds", 1) == 0
+    found = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert found["seeds"] == 2 and [test["seed"] for test in found["mcnemar"]] == [0, 2]
+    assert "Not finished: sft_full of seed 1, grpo_answer of seed 1." in (tmp_path / "t" / "table.md").read_text()
+    assert "t: table.md, table.png, results.json" in capfd.readouterr().out
+    (stubs / "fail_sft_full").touch()
+    assert command_line(monkeypatch, "--out", "empty", "--rows", "sft_full") == 1
+    assert "empty: table.md, results.json" in capfd.readouterr().out and not Path("empty/table.png").exists()
+
+
 def test_paper_columns_stand_beside_the_real_model(stubs, tmp_path, monkeypatch):
     """Published figures where they are known, empty cells where not; one evaluation of the untouched model."""
     make_world(tmp_path / "w")
@@ -300,6 +331,131 @@ def test_changed_settings_and_files_are_noticed(stubs, tmp_path, monkeypatch, ca
     assert capfd.readouterr().err == f"reproduce.py: error: {error}\n"
 
 
+def test_leftovers_of_an_interrupted_removal_go(stubs, tmp_path, monkeypatch):
+    """Resume state, other checkpoints, half-removed folders: after training, and where there was none to do."""
+    row = tmp_path / "t" / "seed_0" / "sft_full"
+    for called in (["sft_aqa.py", "eval_mmau.py"], ["eval_mmau.py"]):
+        before = len(calls(stubs))
+        assert command_line(monkeypatch, "--out", "t", "--rows", "sft_full") == 0
+        assert [call["script"] for call in calls(stubs)[before:]] == called
+        assert sorted(path.name for path in (row / "run").iterdir()) == ["metrics.jsonl", "step_000003"]
+        for name in ("resume", "resume.removed.unfinished", "step_000002", "step_000001.removed.unfinished"):
+            (row / "run" / name / "inside").mkdir(parents=True)
+        (row / "run" / "curves.png.unfinished").touch()
+        (row / "predictions.json").unlink()
+    assert command_line(monkeypatch, "--out", "t", "--rows", "sft_full") == 0
+    assert sorted(path.name for path in (row / "run").iterdir()) == ["metrics.jsonl", "step_000003"]
+
+
+def test_damaged_files(stubs, tmp_path, monkeypatch, capfd):
+    """A damaged row.json counts as none; a damaged reproduce.json ends in a line that names it."""
+    rows = ("--out", "t", "--rows", "untouched_answer")
+    assert command_line(monkeypatch, *rows) == 0
+    row = tmp_path / "t" / "seed_0" / "untouched_answer"
+    for text in ("{", "[]"):
+        (row / "row.json").write_text(text)
+        before = len(calls(stubs))
+        assert command_line(monkeypatch, *rows) == 0 and len(calls(stubs)) == before + 1
+    capfd.readouterr()
+    for text in ("{", "3"):
+        (tmp_path / "t" / "reproduce.json").write_text(text)
+        assert command_line(monkeypatch, *rows) == 1
+        error = capfd.readouterr().err
+        assert error.startswith("reproduce.py: error: t/reproduce.json: damaged (") and error.count("\n") == 1
+
+
+# ---- a command and its output ----
+
+
+def no_terminal(monkeypatch):
+    """Standard output as it is when `tee` has ended."""
+
+    def fail(*_):
+        raise BrokenPipeError
+
+    gone = types.SimpleNamespace(write=fail, flush=fail)
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=fail, flush=fail, buffer=gone))
+
+
+def test_command_ends_well_without_terminal_or_log(tmp_path, monkeypatch):
+    """More output than a pipe holds: it is read all the same, and a full disk is told at the end."""
+    code = "import sys; print('x' * 300_000); print('end'); open(sys.argv[1], 'w').close(); sys.exit(3)"
+    command, environment = [sys.executable, "-c", code, str(tmp_path / "done")], dict(os.environ)
+    with monkeypatch.context() as patch:
+        no_terminal(patch)
+        assert reproduce.run_command(command, tmp_path / "log", environment) == 3
+    assert (tmp_path / "log").read_text().splitlines()[2:] == ["x" * 300_000, "end"]
+    (tmp_path / "done").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        reproduce.run_command(command, Path("/dev/full"), environment)
+    assert (tmp_path / "done").exists()
+
+
+WAIT = """
+import signal, subprocess, sys, time
+ended = []
+signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+print(worker.pid, flush=True)
+while not ended:
+    time.sleep(0.01)
+print("saving", flush=True)
+time.sleep(float(sys.argv[1]))
+worker.kill()
+print("saved")
+"""
+
+
+def interrupted(log, seconds, *awaited):
+    """Run WAIT and send Ctrl-C after each of these texts is in the log. Returns the log's lines."""
+
+    def interrupt():
+        for text in awaited:
+            while not log.exists() or text not in log.read_text():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    log.parent.joinpath("wait.py").write_text(WAIT)
+    command = [sys.executable, str(log.parent / "wait.py"), str(seconds)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.run_command(command, log, dict(os.environ))
+    thread.join()
+    return log.read_text().splitlines()[2:]
+
+
+def test_interruption_without_terminal_saves(tmp_path, monkeypatch):
+    no_terminal(monkeypatch)
+    assert interrupted(tmp_path / "log", 0, "\n")[1:] == ["saving", "saved"]
+
+
+def test_second_interruption_kills_workers_in_their_own_sessions(tmp_path):
+    pid, *rest = interrupted(tmp_path / "log", 60, "\n", "saving")
+    assert rest == ["saving"]
+    state = Path(f"/proc/{pid}/stat")
+    for _ in range(500):  # the kernel takes a moment; no one may collect it: Z
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.01)
+    os.kill(int(pid), signal.SIGKILL)
+    pytest.fail("the worker runs on")
+
+
+def test_closed_terminal_is_an_interruption_unless_ignored(monkeypatch):
+    """As SIGTERM is; under nohup, SIGHUP stays ignored."""
+    seen = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda args: seen.append(signal.getsignal(signal.SIGHUP)) or 0)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGHUP, handler)
+            assert command_line(monkeypatch) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert seen == [reproduce.interrupt, signal.SIG_IGN]
+
+
 def test_log_keeps_the_last_state_of_a_progress_bar(tmp_path):
     code = r"import sys; sys.stderr.write('\r10%\r50%\r100%\nnext\r\n'); sys.stderr.write('x\r\ry'); sys.exit(3)"
     assert reproduce.run_command([sys.executable, "-c", code], tmp_path / "log", dict(os.environ)) == 3
@@ -334,6 +490,10 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     grpo = statistics.mean([4, 4, 4, 7, 9])  # of rows of that script; its own, where it has some
     seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 39
     assert reproduce_estimate.time_text(args, todo) == f"about {seconds / 60:.0f} min"
+    (half / "metrics.jsonl").write_text('{"seconds": 8}\n' * 150)  # never less than nothing
+    assert reproduce_estimate.time_text(args, todo[3:]) == "about 39 s"
+    half.with_name("row.json").write_text('{"settings": {}}')  # of other settings: none of them is done
+    assert reproduce_estimate.time_text(args, todo[3:]) == f"about {(100 * 8 + 39) / 60:.0f} min"
     args.out = "elsewhere"
     unknown = "1 trainings by sft_aqa.py, 2 trainings by grpo_aqa.py, 4 evaluations"
     assert reproduce_estimate.time_text(args, todo) == f"unknown until the first of its kind has run: {unknown}"
@@ -354,6 +514,11 @@ def test_disk_counted_is_disk_written(tiny, tmp_path, monkeypatch):
     config = peft.LoraConfig(r=reproduce_rows.LORA_RANK, target_modules=LORA_TARGETS.split(","))
     numbers = sum(p.numel() for p in peft.get_peft_model(clone, config).parameters() if p.requires_grad)
     assert size[True] == (4 * numbers, 12 * numbers)
+    (tmp_path / "adapter").mkdir()
+    config.base_model_name_or_path = str(tmp_path / "m")
+    config.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    assert reproduce_estimate.sizes(str(tmp_path / "adapter")) == size
 
 
 def test_too_small_a_disk_is_refused(stubs, tmp_path, monkeypatch):
@@ -363,6 +528,17 @@ def test_too_small_a_disk_is_refused(stubs, tmp_path, monkeypatch):
     todo = reproduce.jobs(args)
     needed = 4 * 10**9 + 2 * 10**7 + 10**9 + 12 * 10**9 + 9 * reproduce_estimate.SMALL_FILES
     assert reproduce_estimate.disk_bytes(args, todo) == needed
+    every = {row.name: (0, row) for row in reproduce_rows.ROWS}
+    for name, own, steps in (("sft_lora", True, 1000), ("grpo_lora", True, 100), ("grpo_think", False, 1000)):
+        folder = reproduce_rows.row_folder(args, *every[name])
+        (folder / "run" / f"step_{steps:06d}").mkdir(parents=True)
+        (folder / "run" / f"step_{steps:06d}" / "weights").write_bytes(bytes(5000))
+        saved = {"settings": reproduce_rows.settings(args, *every[name]) if own else {}}
+        (folder / "row.json").write_text(json.dumps(saved))
+    held = 5000 + (reproduce_rows.row_folder(args, *every["grpo_lora"]) / "row.json").stat().st_size
+    # sft_lora has its last checkpoint, grpo_lora an earlier one, and grpo_think's are of other settings.
+    assert reproduce_estimate.disk_bytes(args, todo) == needed - 10**7 - held
+    assert reproduce_estimate.disk_bytes(args, [every["sft_lora"]]) == reproduce_estimate.SMALL_FILES
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(needed))
     reproduce_estimate.require_disk(args, needed)
@@ -377,6 +553,12 @@ def test_too_small_a_disk_is_refused(stubs, tmp_path, monkeypatch):
     ("--model m --data d", "--model needs --mmau, a file of questions"),
     ("--model m --data d --mmau e --label_noise 0.1", "--label_noise and --heldout_noise are the toy's"),
     ("--seeds 0", "--seeds must be at least 1, not 0"),
+    ("--steps 0", "--steps must be at least 1, not 0"),
+    ("--nproc_per_node 0", "--nproc_per_node must be at least 1, not 0"),
+    ("--heldout_noise nan", "--heldout_noise must be a number from 0 on, not nan"),
+    ("--heldout_noise inf", "--heldout_noise must be a number from 0 on, not inf"),
+    ("--seconds_per_step nan", "--seconds_per_step must be a number above 0, not nan"),
+    ("--seconds_per_step inf", "--seconds_per_step must be a number above 0, not inf"),
     ("--nproc_per_node 3", "--nproc_per_node must divide the toy's 16 questions a step"),
     ("--label_noise 2", "--label_noise must be from 0 to 1, not 2.0"),
 ])  # fmt: skip
@@ -384,6 +566,13 @@ def test_bad_flags_end_in_one_line(flags, error, capsys):
     with pytest.raises(SystemExit):
         reproduce.parse_args(flags.split())
     assert f"error: {error}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_torchrun_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(SystemExit):
+        reproduce.parse_args([])
+    assert "error: start it with python: it calls torchrun itself" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- the scripts themselves ----
@@ -398,5 +587,11 @@ def test_real_scripts(tmp_path):
     found = json.loads((tmp_path / "t" / "results.json").read_text())
     assert found["questions"] == 600
     assert all(0 <= row["spread"]["average"]["mean"] <= 100 for row in found["rows"])
+    for row in reproduce_rows.ROWS[3:]:
+        run = tmp_path / "t" / "seed_0" / row.name / "run"
+        (checkpoint,) = run.glob("step_*")
+        assert checkpoint.name == "step_000002" and not (run / "resume").exists()
+        assert json.loads((checkpoint / "aqa.json").read_text())["template"] == row.template
+        assert (checkpoint / "adapter_config.json").exists() == row.lora
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "9 of 9 rows are finished" in again.stdout and "\n$ " not in again.stdout
