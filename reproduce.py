@@ -162,14 +162,14 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
     """Run a command; what it prints goes to the terminal and is added to `log`. Returns its exit status.
 
     When this process is interrupted, the command gets a SIGTERM, upon which a training saves, and is waited for; at
-    another Ctrl-C it is killed. Raises KeyboardInterrupt after either.
+    another Ctrl-C it is killed. Raises KeyboardInterrupt after either, and OSError at the end if the log can't be
+    written.
     """
+    # In a session of its own, Ctrl-C reaches this process alone.
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     with open(log, "ab") as file:
         file.write(f"\n$ {shlex.join(command)}\n".encode())
-        # In a session of its own, Ctrl-C reaches this process alone.
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, **options)
         try:
             error = _copy_output(process, file)
             status = process.wait()
@@ -306,10 +306,7 @@ ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 def interrupt(signum, frame):
-    """Upon the first SIGTERM or SIGHUP, stop as upon Ctrl-C.
-
-    `timeout` and schedulers send more than one: those say no more.
-    """
+    """Upon the first SIGTERM or SIGHUP, stop as upon Ctrl-C. `timeout` sends more than one: those say no more."""
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
