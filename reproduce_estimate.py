@@ -1,14 +1,18 @@
 """What the table will take, said before it starts: time from measured steps, disk from the shapes."""
 
 import argparse
+import functools
 import json
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
+from bench_speed import count_flops, matmul_rate
 from checkpoint import checkpoint_bytes, free_bytes, state_bytes
 from data import InputError
 from lora import adapter_base, add_lora, is_adapter
@@ -17,6 +21,7 @@ from reproduce_rows import LORA_RANK, ROWS, Row, is_own, is_trained, read_record
 from training import LORA_TARGETS
 
 GB = 1e9
+FLOOR = "their arithmetic, with clips of 10 s and answers of 16 tokens, at this machine's rate of matrix products"
 SMALL_FILES = 50_000_000  # of a row: processor, metrics, curves, predictions, log
 
 # ---- time ----
@@ -24,11 +29,12 @@ SMALL_FILES = 50_000_000  # of a row: processor, metrics, curves, predictions, l
 
 def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
     """How long the rows (seed, row) will still take, from the steps and evaluations that this folder has measured."""
-    seconds, unknown = 0.0, Counter()
+    seconds, floor, unknown = 0.0, 0.0, Counter()
     for seed, row in todo:
         each = step_seconds(args, seed, row) if row.script else 0
         if each is None:
             unknown[f"trainings by {row.script}"] += 1
+            floor += 0 if args.toy else args.steps * floor_seconds(args.model, row.script)
         else:
             done = len(step_times(args, seed, row)) if is_own(args, seed, row) else 0
             seconds += each * max(0, args.steps - done)
@@ -41,7 +47,22 @@ def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
     if unknown:
         listed = ", ".join(f"{number} {what}" for what, number in unknown.items())
         parts.append(f"unknown until the first of its kind has run: {listed}")
+    if floor:
+        parts.append(f"these trainings take {duration(floor)} at the very least: {FLOOR}")
     return "; ".join(parts)
+
+
+@functools.cache
+def floor_seconds(model: str, script: str) -> float:
+    """Seconds that no step of a script can be faster than: see FLOOR. The scripts' defaults are 2 questions, G = 8."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, group_size = base_config(model), 8 if script == "grpo_aqa.py" else 1
+    step = argparse.Namespace(prompts_per_rank=2, group_size=group_size, max_new_tokens=16)
+    flops = count_flops(config, min(10.0, config.audio_config.max_source_positions / 50), step)
+    # In a process of its own, which takes its share of the GPU's memory with it when it ends.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        rate = process.submit(matmul_rate, pick_dtype("auto", device), device).result()
+    return (sum(flops.values()) if script == "grpo_aqa.py" else flops["train"]) / rate
 
 
 def step_times(args: argparse.Namespace, seed: int, row: Row) -> list[float]:
@@ -77,6 +98,13 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
 
 
+def base_config(model: str) -> Qwen2AudioConfig:
+    """The configuration of a model or of an adapter's base."""
+    while is_adapter(model):
+        model = adapter_base(model)
+    return AutoConfig.from_pretrained(model)
+
+
 # ---- disk ----
 
 
@@ -85,11 +113,9 @@ def sizes(model: str) -> dict[bool, tuple[int, int]]:
 
     Counted from the model's configuration on tensors without data; of an adapter, from its base's.
     """
-    while is_adapter(model):
-        model = adapter_base(model)
     dtype = pick_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with torch.device("meta"):
-        shapes = Qwen2AudioForConditionalGeneration(AutoConfig.from_pretrained(model)).to(dtype)
+        shapes = Qwen2AudioForConditionalGeneration(base_config(model)).to(dtype)
     shapes.model.audio_tower.embed_positions.requires_grad_(False)  # as policy.load_policy has it
 
     full = checkpoint_bytes(shapes), state_bytes(shapes)

@@ -248,6 +248,7 @@ def test_paper_columns_stand_beside_the_real_model(stubs, tmp_path, monkeypatch)
     make_world(tmp_path / "w")
     monkeypatch.setattr(reproduce, "check_model", lambda model: None)
     monkeypatch.setattr(reproduce_estimate, "sizes", lambda model: {False: (2000, 12000), True: (20, 120)})
+    monkeypatch.setattr(reproduce_estimate, "floor_seconds", lambda model, script: 2)
     (tmp_path / "m").mkdir()
     real = ("--model", "m", "--data", "w/train.jsonl", "--mmau", "w/heldout.json", "--out", "real", "--seeds", 2)
     assert command_line(monkeypatch, *real) == 0
@@ -497,6 +498,26 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     args.out = "elsewhere"
     unknown = "1 trainings by sft_aqa.py, 2 trainings by grpo_aqa.py, 4 evaluations"
     assert reproduce_estimate.time_text(args, todo) == f"unknown until the first of its kind has run: {unknown}"
+
+
+def test_time_that_a_real_table_takes_at_least(tiny, tmp_path, monkeypatch):
+    """Nothing measured yet: the arithmetic of all trainings over a rate; GRPO's is more than supervised training's."""
+    tiny[0].save_pretrained(tmp_path / "m")
+    monkeypatch.setattr(reproduce_estimate, "matmul_rate", slow_rate)
+    seconds = {s: reproduce_estimate.floor_seconds(str(tmp_path / "m"), s) for s in ("sft_aqa.py", "grpo_aqa.py")}
+    flops = seconds["grpo_aqa.py"] * slow_rate(None, None)
+    # A multiply-add for each weight and token, at least: prompts thrice, one of them backward too.
+    weights = sum(p.numel() for p in tiny[0].model.language_model.layers.parameters())
+    assert flops > (3 + 2) * 2 * weights * 2 * 50 and seconds["grpo_aqa.py"] > 1.5 * seconds["sft_aqa.py"]
+    args = reproduce.parse_args(["--model", str(tmp_path / "m"), "--data", "d", "--mmau", "e", "--out", str(tmp_path)])
+    total = 1000 * (2 * seconds["sft_aqa.py"] + 4 * seconds["grpo_aqa.py"])
+    said = reproduce_estimate.time_text(args, reproduce.jobs(args))
+    assert f"these trainings take {reproduce_estimate.duration(total)} at the very least" in said
+
+
+def slow_rate(dtype, device):
+    """A stand-in for bench_speed.matmul_rate that another process can call."""
+    return 1e6
 
 
 def test_disk_counted_is_disk_written(tiny, tmp_path, monkeypatch):
