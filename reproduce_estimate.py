@@ -55,13 +55,12 @@ def time_text(args: argparse.Namespace, todo: list[tuple[int, Row]]) -> str:
 @functools.cache
 def floor_seconds(model: str, script: str) -> float:
     """Seconds that no step of a script can be faster than: see FLOOR. The scripts' defaults are 2 questions, G = 8."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, group_size = base_config(model), 8 if script == "grpo_aqa.py" else 1
     step = argparse.Namespace(prompts_per_rank=2, group_size=group_size, max_new_tokens=16)
     flops = count_flops(config, min(10.0, config.audio_config.max_source_positions / 50), step)
     # In a process of its own, which takes its share of the GPU's memory with it when it ends.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        rate = process.submit(matmul_rate, pick_dtype("auto", device), device).result()
+        rate = process.submit(matmul_rate, *scripts_choice()).result()
     return (sum(flops.values()) if script == "grpo_aqa.py" else flops["train"]) / rate
 
 
@@ -98,6 +97,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} hours"
 
 
+def scripts_choice() -> tuple[torch.dtype, torch.device]:
+    """The dtype and device that the scripts choose on this machine unless they are told otherwise."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return pick_dtype("auto", device), device
+
+
 def base_config(model: str) -> Qwen2AudioConfig:
     """The configuration of a model or of an adapter's base."""
     while is_adapter(model):
@@ -113,7 +118,7 @@ def sizes(model: str) -> dict[bool, tuple[int, int]]:
 
     Counted from the model's configuration on tensors without data; of an adapter, from its base's.
     """
-    dtype = pick_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype, _ = scripts_choice()
     with torch.device("meta"):
         shapes = Qwen2AudioForConditionalGeneration(base_config(model)).to(dtype)
     shapes.model.audio_tower.embed_positions.requires_grad_(False)  # as policy.load_policy has it
