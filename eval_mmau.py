@@ -26,6 +26,7 @@ from answering import answer_questions
 from checkpoint import free_bytes, remembered_template, save_checkpoint, step_folders
 from data import TEMPLATES, InputError, Question, check_clips, parse_records, read_records
 from eval_report import run_report, write_html
+from flags import Parser
 from lora import is_adapter
 from policy import DTYPES, check_model, load_policy, pick_dtype
 from predictions import (
@@ -58,7 +59,7 @@ ONE_CHECKPOINT += ("check_batching", "html", "out")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s --ckpt CHECKPOINT_OR_RUN [settings]\n       %(prog)s --compare A.json B.json\n       "
         "%(prog)s --ckpt ADAPTER --merge OUT [--dtype DTYPE]",
         description="Score a checkpoint on MMAU or on any other question file: greedy decoding, MMAU's rule. The same "
@@ -106,20 +107,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--ckpt is needed: a checkpoint or a run folder")
     if args.merge:
         return args
-    least = dict.fromkeys(("batch_size", "max_new_tokens", "limit", "check_batching"), 1) | {"samples": 2, "seed": 0}
-    for name, minimum in (least | {"shuffle_choices": 0}).items():
-        if getattr(args, name) is not None and getattr(args, name) < minimum:
-            parser.error(f"--{name} must be at least {minimum}, not {getattr(args, name)}")
-    if args.seed > 2**32:
-        parser.error(f"--seed must be at most {2**32}, not {args.seed}")
     files = [os.path.realpath(name) for name in (args.data, args.out, args.html) if name]
     if len(set(files)) < len(files):
         parser.error("--data, --out and --html must be different files")
     if args.temperature is not None and not args.samples:
         parser.error("--temperature needs --samples: without it, decoding is greedy")
     args.temperature = 1.0 if args.temperature is None else args.temperature
-    if not 0 < args.temperature < float("inf"):
-        parser.error(f"--temperature must be above 0, not {args.temperature}")
     for name in ONE_CHECKPOINT if step_folders(Path(args.ckpt)) else ():
         if name in given:
             parser.error(f"--{name} needs one checkpoint, and {args.ckpt} is a run folder: name one of its step_*")

@@ -41,7 +41,6 @@ from runtime import mean_length
 from training import (
     Run,
     add_setting,
-    check_at_least,
     finish,
     load_policy_to_train,
     parse_settings,
@@ -297,12 +296,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("updates_per_rollout", 1, "optimizer steps on each rollout")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
 
-    args = parse_settings(parser, argv, PAPER, TOY)
-    check_at_least(parser, args, 2, "group_size")
-    check_at_least(parser, args, 1, "updates_per_rollout", "log_completions_every")
-    if args.temperature <= 0:
-        parser.error("--temperature must be above 0: GRPO learns from samples that differ")
-    return args
+    return parse_settings(parser, argv, PAPER, TOY)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ its journal.
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
@@ -27,6 +26,7 @@ import torch
 import toy
 from checkpoint import UNFINISHED, remove, step_folders, write_text
 from data import InputError, check_answers, digest, load_questions
+from flags import Parser
 from policy import check_model
 from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
@@ -41,7 +41,7 @@ from training import TOY_PROMPTS
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = [row.name for row in ROWS]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
         description="Train and evaluate every row of the paper's table, and write it. Without --model: on the toy, "
         f"which needs no GPU. Rows: {', '.join(names)}.",
@@ -90,17 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.rows:
         if name not in names:
             parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(names)}")
-    for name in ("seeds", "steps", "nproc_per_node"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.toy and TOY_PROMPTS % args.nproc_per_node:
         parser.error(f"--nproc_per_node must divide the toy's {TOY_PROMPTS} questions a step")
-    if not 0 <= args.label_noise <= 1:
-        parser.error(f"--label_noise must be from 0 to 1, not {args.label_noise}")
-    if not 0 <= args.heldout_noise < math.inf:
-        parser.error(f"--heldout_noise must be a number from 0 on, not {args.heldout_noise}")
-    if args.seconds_per_step is not None and not 0 < args.seconds_per_step < math.inf:
-        parser.error(f"--seconds_per_step must be a number above 0, not {args.seconds_per_step}")
     return args
 
 

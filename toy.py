@@ -40,6 +40,7 @@ from data import (
     load_questions,
     target_text,
 )
+from flags import Parser
 from policy import completion_logprobs, encode_prompts, encode_targets
 from toy_world import write_world
 
@@ -175,7 +176,7 @@ def make_base(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Make a tiny Qwen2-Audio base model for a question file, to try grpo_aqa.py on it without a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -187,10 +188,6 @@ def main() -> None:
     add("--steps", type=int, default=STEPS, help="steps of the supervised warm start, 16 questions each")
     add("--seed", type=int, default=0, help="of the weights and the order of questions")
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, not {args.steps}")
-    if not 0 <= args.random_answers <= 1:
-        parser.error(f"--random_answers must be from 0 to 1, not {args.random_answers}")
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     questions = load_questions(args.questions, args.audio_dir)

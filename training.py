@@ -20,6 +20,7 @@ import toy
 from answering import heldout_table, score_greedily
 from checkpoint import append_jsonl, find_state, load_state, open_run, save_run
 from data import TEMPLATES, InputError, Question, check_answers, digest, load_questions, step_indices
+from flags import Parser
 from lora import add_lora
 from optimizer import ShardedAdamW
 from policy import (
@@ -67,7 +68,7 @@ def add_setting(parser: argparse.ArgumentParser, name: str, default, help: str, 
 def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> argparse.ArgumentParser:
     """The command line that the scripts share. `defaults` are those in which they differ, `toy_defaults` those that
     take their place without --model. Others can be added."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [--model NAME --data FILE] [settings]",
         description=f"{description} Without --model: the toy, which needs no GPU. Its defaults: "
         f"{' '.join(f'--{name} {value}' for name, value in toy_defaults.items())}, "
@@ -124,24 +125,12 @@ def parse_settings(
     if args.lr is None:
         args.lr = defaults["lr"] * (LORA_LR if args.lora_rank else 1)
 
-    check_at_least(parser, args, 1, "steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "save_every")
-    check_at_least(parser, args, 0, "keep_last", "lora_rank")
     for name in () if args.lora_rank else ("lora_alpha", "lora_dropout", "lora_targets"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} needs --lora_rank")
-    if args.lora_alpha <= 0:
-        parser.error(f"--lora_alpha must be above 0, not {args.lora_alpha}")
-    if not 0 <= args.lora_dropout < 1:
-        parser.error(f"--lora_dropout must be at least 0 and below 1, not {args.lora_dropout}")
     if args.prompts_per_rank % args.accumulation_steps:
         parser.error("--prompts_per_rank must be a multiple of --accumulation_steps")
     return args
-
-
-def check_at_least(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: int, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < minimum:
-            parser.error(f"--{name} must be at least {minimum}, not {getattr(args, name)}")
 
 
 # ---- start ----
