@@ -11,10 +11,13 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import TEMPLATES, InputError
@@ -28,6 +31,8 @@ UNFINISHED = ".unfinished"
 # adapter's dropout drops).
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph", "launchers"}
+FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
+VERSION = 1  # of what a run folder holds; a state of another is not resumed from
 
 # ---- starting and continuing a run ----
 
@@ -43,22 +48,42 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
         if resume:
             print(f"{out}: no complete state to resume from; starting at step 1", flush=True)
         return None
-    saved = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    if not resume and not set(config["launchers"]) & set(saved["launchers"]):
+    saved = _read_config(out)
+    if not resume and not set(config["launchers"]) & set(saved.get("launchers", [])):
         return None
+    if saved.get("version") != VERSION:
+        raise InputError(
+            f"{out}: cannot be resumed, its config.json is of version {saved.get('version', 0)} of the run folder and "
+            f"this code's is {VERSION}; continue it with the code that began it, or name a new run with --out"
+        )
     # With another number of processes, their share of a step may be another too.
     free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved["world_size"] else set())
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
         for name, value in saved.items()
-        if name not in free and value != config.get(name)
+        if name not in free | {"version"} and value != config.get(name)
     ]
     if contradicting:
+        hint = ""
+        if saved.get("questions_digest") != config.get("questions_digest"):
+            left_out = [settings.get("skipped_questions", 0) for settings in (saved, config)]
+            hint = "; the questions have changed, or which of them have a usable clip ({} left out, now {})".format(
+                *left_out
+            )
         raise InputError(
-            f"{out}: cannot be resumed with other settings than its own, {', '.join(contradicting)}; "
+            f"{out}: cannot be resumed with other settings than its own, {', '.join(contradicting)}{hint}; "
             "give the same, or name a new run with --out"
         )
     return states[-1]
+
+
+def _read_config(out: Path) -> dict:
+    """A run's settings. Raises InputError."""
+    try:
+        return dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        reason = f"cannot be used ({error}); restore it, or name a new run with --out"
+        raise InputError(f"{out}/config.json: {reason}") from None
 
 
 def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
@@ -99,7 +124,7 @@ def _start_run(out: Path, config: dict) -> None:
         for path in left:  # config.json first: a state without one is not resumed from
             path.rename(earlier / path.name)
         print(f"{out} holds an earlier run; its files are now in {earlier}", flush=True)
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    _write_config(out, config)
 
 
 def _continue_run(out: Path, config: dict, state: Path) -> None:
@@ -109,17 +134,60 @@ def _continue_run(out: Path, config: dict, state: Path) -> None:
             remove(later)
     for name in ("metrics.jsonl", "completions.jsonl"):
         cut_jsonl(out / name, _step(state))
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    _write_config(out, config | {"bad_clips_met": _read_config(out).get("bad_clips_met", {})})
     print(f"{out}: resuming after step {_step(state)}", flush=True)
+
+
+def _write_config(out: Path, config: dict) -> None:
+    write_text(out / "config.json", json.dumps(config | {"version": VERSION}, indent=2) + "\n")
+
+
+def note_bad_clips(out: Path, step: int, met: dict[str, str]) -> None:
+    """Print clips that turned out bad in a step, unless they did before, and add them to config.json. met: what is
+    wrong with each, by its question's place."""
+    config = _read_config(out)
+    new = {place: fault for place, fault in met.items() if place not in config["bad_clips_met"]}
+    if new:
+        config["bad_clips_met"] |= new
+        _write_config(out, config)
+        for place, fault in new.items():
+            tqdm.write(f"step {step}: {place}: {fault}; another question takes its place")
+        tqdm.write(f"{len(config['bad_clips_met'])} clips have turned out bad so far")
+
+
+def what_is_saved(out: Path) -> str:
+    """For messages: the run's newest checkpoint, and where --resume would go on."""
+    checkpoints, states = step_folders(out), step_folders(out / "resume")
+    last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    return f"{last}, and --resume continues after step {_step(states[-1])}" if states else last
+
+
+@contextmanager
+def _writing(path: Path, out: Path):
+    """Inside `with`, what fails to be written to `path` in the run folder `out` ends in an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{path}: could not be written ({reason}), with {free_bytes(out) / 1e9:.2f} GB free; {what_is_saved(out)}; "
+            "see to the disk, then continue with --resume"
+        ) from None
 
 
 # ---- a line at a time ----
 
 
 def append_jsonl(path: Path, record: dict) -> None:
-    """Add one JSON line to a file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Add one JSON line to a file of a run folder, as a whole or not at all. Raises InputError."""
+    with _writing(path, path.parent):
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def cut_jsonl(path: Path, step: int) -> None:
@@ -195,20 +263,23 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     """
     folder = out / "resume" / f"step_{progress['step']:06d}"
     unfinished = on_rank_0(lambda: _begin(folder))
+    rank = dist.get_rank()
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     rank_state["dropout"] = {device: default.get_state() for device, default in _default_generators(generator).items()}
-    torch.save(rank_state, unfinished / f"rank_{dist.get_rank()}.pt")
-    _sync(unfinished / f"rank_{dist.get_rank()}.pt")
+    with _writing(folder / f"rank_{rank}.pt", out):
+        torch.save(rank_state, unfinished / f"rank_{rank}.pt")
+        _sync(unfinished / f"rank_{rank}.pt")
     wait_for_all_ranks()
 
     def finish():
         exit_if_abandoned()
         saved = progress | {"world_size": dist.get_world_size()}
-        write_text(unfinished / "progress.json", json.dumps(saved, indent=2) + "\n")
-        for name in ("metrics.jsonl", "completions.jsonl"):  # what leads up to this state is not younger than it
-            if (out / name).exists():
-                _sync(out / name)
-        _finish(folder)
+        with _writing(folder, out):
+            write_text(unfinished / "progress.json", json.dumps(saved, indent=2) + "\n")
+            for name in ("metrics.jsonl", "completions.jsonl"):  # what leads up to this state is not younger than it
+                if (out / name).exists():
+                    _sync(out / name)
+            _finish(folder)
         for earlier in step_folders(out / "resume")[:-1]:
             remove(earlier)
 
@@ -273,10 +344,13 @@ def save_run(
         tqdm.write(f"step {step}: saving {'checkpoint and ' if checkpoint else ''}resume state, {size / 1e9:.2f} GB")
         sys.stdout.flush()
         if checkpoint:
-            save_checkpoint(out / f"step_{step:06d}", policy, processor, template)
+            folder = out / f"step_{step:06d}"
+            with _writing(folder, out):
+                save_checkpoint(folder, policy, processor, template)
             for folder in step_folders(out)[:-keep_last] if keep_last else []:
                 remove(folder)
-        draw_curves(out)
+        with _writing(out / "curves.png", out):
+            draw_curves(out)
 
     on_rank_0(write_checkpoint)
     save_state(out, progress, optimizer, generator)
@@ -295,7 +369,24 @@ def checkpoint_bytes(policy) -> int:
 
 def free_bytes(out: Path) -> int:
     """The bytes that are free on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    return shutil.disk_usage(_existing(out)).free
+
+
+def check_folder(folder: Path, out: Path | None = None) -> None:
+    """Raise InputError if files could not be written to a folder, which need not exist yet and is not made. The message
+    names `out`, what is to be written there, or else the folder."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out or folder}: cannot be written ({error.strerror}); name another place with --out"
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or else the nearest above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:

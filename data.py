@@ -14,20 +14,24 @@ import hashlib
 import json
 import os
 import re
+import stat
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
-from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz; what Qwen2-Audio's mel spectrogram is made for
 AUDIO_TOKEN = "<|AUDIO|>"  # where the chat markup puts the clip
+SHOWN = 20  # of many problems, how many are listed
 MIN_SAMPLES = 400  # one 25 ms window of that spectrogram; less holds no audio token
+# Beyond these, a clip or its header is more likely broken than meant: no recording of speech, music or a scene needs
+# them, 5.1 sound has 6 channels, and the model hears 16 kHz and 30 s.
+MAX_RATE, MAX_CHANNELS, MAX_SECONDS, MAX_PEAK = 96_000, 6, 1800, 1e5
 
 # The exact texts that the paper's released checkpoints were trained with. {choices} is a Python list's own repr.
 _OPTIONS = "{question} Please choose the answer from the following options: {choices}."
@@ -52,6 +56,7 @@ class Question:
     task: str | None = None
     difficulty: str | None = None
     sub_category: str | None = None
+    place: str = field(default="", compare=False)  # where it stands: "FILE, line 3"
 
 
 def build_prompt(question: Question, template: str) -> str:
@@ -74,69 +79,129 @@ def target_text(answer: str, template: str) -> str:
 # ---- question files ----
 
 
-def read_records(path: str) -> list[tuple[str, dict]]:
-    """The JSON objects of a question file, each with the place it stands at ("FILE, line 3"), in file order."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # with or without a byte-order mark
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such question file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+def report(problems: list[str], heading: str = "", remedy: str = "") -> str:
+    """One problem in a line; several under a line that says how many, the first SHOWN of them in full."""
+    if len(problems) == 1 and not heading:
+        return problems[0] + remedy
+    listed = [f"  {problem}" for problem in problems[:SHOWN]]
+    if len(problems) > SHOWN:
+        listed.append(f"  ... and {len(problems) - SHOWN} more")
+    return "\n".join([(heading or f"{len(problems)} problems") + remedy, *listed])
 
+
+def read_records(path: str) -> list[tuple[str, dict]]:
+    """The JSON objects of a question file, each with the place it stands at ("FILE, line 3"), in file order.
+
+    Raises InputError, for all lines that are not JSON objects together.
+    """
+    text = _read_text(path)
+    placed, problems = [], []
     if text.lstrip().startswith("["):
         try:
-            records = [(f"{path}, record {i}", record) for i, record in enumerate(json.loads(text), start=1)]
+            placed = [(f"{path}, record {i}", record) for i, record in enumerate(_parse_json(text), start=1)]
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+            fault = f"line {error.lineno}: not valid JSON ({error.msg})"
+            raise InputError(f"{path}, {fault}; give one JSON list, or one JSON object a line") from None
+        except ValueError as error:
+            raise InputError(f"{path}: not usable as JSON ({error})") from None
     else:
-        records = []
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
+                place = f"{path}, line {number}"
                 try:
-                    records.append((f"{path}, line {number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-    if not records:
-        raise InputError(f"{path}: holds no questions")
-    for place, record in records:
+                    placed.append((place, _parse_json(line)))
+                except ValueError as error:
+                    fault = getattr(error, "msg", error)
+                    problems.append(f"{place}: not valid JSON ({fault}); give one JSON object a line, or one JSON list")
+        if problems and not any(isinstance(record, dict) for _, record in placed):  # another format altogether
+            raise InputError(problems[0])
+    for place, record in placed:
         if not isinstance(record, dict):
-            raise InputError(f"{place}: expected a JSON object, found {type(record).__name__}")
-    return records
+            problems.append(f"{place}: expected a JSON object, found {type(record).__name__}")
+    if problems:
+        raise InputError(report(problems))
+    if not placed:
+        raise InputError(f"{path}: holds no questions")
+    return placed
+
+
+def _read_text(path: str) -> str:
+    """A question file's text, with or without a byte-order mark. Raises InputError."""
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such question file")
+    if not os.path.isfile(path):  # of a pipe, reading would wait, and a second time find nothing
+        raise InputError(f"{path}: is a {kind_of_file(path)}; name a file of questions")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _parse_json(text: str):
+    """json.loads, whose failures are all ValueErrors."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def kind_of_file(path: str) -> str:
+    """What a path is that is not a regular file: "folder", "named pipe", "broken link" or "device"."""
+    if os.path.isdir(path):
+        return "folder"
+    if os.path.islink(path) and not os.path.exists(path):
+        return "broken link"
+    return "named pipe" if stat.S_ISFIFO(os.stat(path).st_mode) else "device"
 
 
 def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
-    """Read a question file of any known format. Raises InputError.
+    """Read a question file of any known format. Raises InputError, for all malformed records together.
 
-    Relative audio paths are relative to `audio_dir`, or else to the question file's folder.
+    Relative audio paths are relative to `audio_dir`, or else to the question file's folder. No audio is looked at.
     """
     return parse_records(read_records(path), audio_dir or os.path.dirname(path))
 
 
-def parse_records(placed: list[tuple[str, dict]], folder: str, require_audio: bool = True) -> list[Question]:
-    """The questions of read_records' records, with audio paths that are relative to `folder`.
-
-    Raises InputError for the first malformed record and, with `require_audio`, for missing audio files with their
-    count once all records have been looked at.
-    """
-    questions, missing, odd = [], [], []
+def parse_records(placed: list[tuple[str, dict]], folder: str) -> list[Question]:
+    """The questions of read_records' records, with audio paths that are relative to `folder`. Raises InputError, for
+    all malformed records together."""
+    questions, problems, odd, places = [], [], [], {}
     for place, record in placed:
-        question = parse_record(record, place, folder)
-        if require_audio and not os.path.isfile(question.audio):
-            missing.append(f"{place}: no audio file {question.audio}")
+        try:
+            question = parse_record(record, place, folder)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        first = places.setdefault(question.id, place)
+        if first != place:
+            problems.append(f"{place}: has the id {_shown(question.id)}, as {first} has; ids must differ")
         if question.answer is not None and question.answer not in question.choices:
-            if "audio_id" not in record:
-                raise InputError(f"{place}: answer {question.answer!r} is not among the choices {question.choices}")
-            odd.append(place)  # MMAU's own rule does not need it there, and a published benchmark is scored as it is
+            if "audio_id" in record:
+                odd.append(place)  # MMAU's own rule does not need it there; a published benchmark is scored as it is
+            else:
+                answer, choices = _shown(question.answer), _shown(question.choices)
+                problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
         questions.append(question)
-    if missing:
-        raise InputError(
-            f"{missing[0]} ({len(missing)} of {len(questions)} audio files missing); "
-            "give their folder with --audio_dir or take these questions out"
-        )
+    if problems:
+        heading = f"{len(problems)} problems in the {len(placed)} records of the question file" if problems[1:] else ""
+        raise InputError(report(problems, heading))
     if odd:
         note = f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)"
         print(note, file=sys.stderr)
     return questions
+
+
+def _almost(question: Question) -> str:
+    """A hint where a choice differs from the answer in case or space alone."""
+    squeezed = "".join(question.answer.split()).lower()
+    alike = [choice for choice in question.choices if "".join(choice.split()).lower() == squeezed]
+    return f"; {alike[0]!r} differs in case or space alone: correct the one or the other" if alike else ""
+
+
+def _shown(value) -> str:
+    """A value for a message: on one line, and short."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def digest(questions: list[Question]) -> str:
@@ -161,28 +226,29 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
         if type(index) is not int or not 0 <= index < len(choices):
             raise InputError(
                 f"{place}: answer must be the index of one of the {len(choices)} choices, counted from 0; "
-                f"found {index!r}"
+                f"found {_shown(index)}"
             )
         answer = choices[index]
         if "audio_path" in record:
             audio = os.path.join(folder, _text(record, "audio_path", place))
         else:
-            audio = _find_avqa_audio(_text(record, "video_name", place), folder)
+            audio = _find_avqa_audio(_name(record, "video_name", place), folder)
     elif "audio_id" in record or "audio" in record:  # MMAU, plain
         question = _text(record, "question", place)
         choices = _choices(record, "choices", place)
         answer = record.get("answer", "")
         if not isinstance(answer, str | None):
-            raise InputError(f"{place}: answer must be the text of one of the choices; found {answer!r}")
-        audio = os.path.join(folder, _text(record, "audio_id" if "audio_id" in record else "audio", place))
+            raise InputError(f"{place}: answer must be the text of one of the choices; found {_shown(answer)}")
+        audio = _name(record, "audio_id", place) if "audio_id" in record else _text(record, "audio", place)
+        audio = os.path.join(folder, audio)
     else:
         raise InputError(
             f"{place}: not a question; expected the fields of MMAU (audio_id), R1-AQA (audio_path, multi_choice), "
-            f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {sorted(record)}"
+            f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {_shown(sorted(record))}"
         )
     if AUDIO_TOKEN in question or any(AUDIO_TOKEN in choice for choice in choices):
         raise InputError(f"{place}: holds {AUDIO_TOKEN}, which would stand for a second clip; take it out")
-    return Question(
+    parsed = Question(
         id=str(record.get("id", place)),
         audio=os.path.normpath(audio),
         question=question,
@@ -191,7 +257,14 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
         task=_label(record, "task"),
         difficulty=_label(record, "difficulty"),
         sub_category=_label(record, "sub-category"),
+        place=place,
     )
+    try:  # JSON can hold halves of characters, which no tokenizer and no file takes
+        "".join(text for value in vars(parsed).values() for text in value or ()).encode()
+    except UnicodeEncodeError as error:
+        half = _shown(error.object[error.start])
+        raise InputError(f"{place}: holds half of a character, {half}; write the file anew as UTF-8") from None
+    return parsed
 
 
 def _label(record: dict, key: str) -> str | None:
@@ -201,14 +274,24 @@ def _label(record: dict, key: str) -> str | None:
 def _text(record: dict, key: str, place: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: {key} must be a text that is not empty; found {value!r}")
+        raise InputError(f"{place}: {key} must be a text that is not empty; found {_shown(value)}")
+    if "\0" in value:
+        raise InputError(f"{place}: {key} holds a NUL character; found {_shown(value)}")
     return value
+
+
+def _name(record: dict, key: str, place: str) -> str:
+    """A clip's name in a data set that others made: it has no business outside of the audio folder."""
+    name = _text(record, key, place)
+    if Path(os.path.normpath(name)).parts[0] == "..":
+        raise InputError(f"{place}: {key} {_shown(name)} leaves the audio folder; take the .. out, or use --audio_dir")
+    return name
 
 
 def _choices(record: dict, key: str, place: str) -> list[str]:
     choices = record.get(key)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
-        raise InputError(f"{place}: {key} must be a list of at least 2 texts; found {choices!r}")
+        raise InputError(f"{place}: {key} must be a list of at least 2 texts; found {_shown(choices)}")
     return choices
 
 
@@ -225,42 +308,88 @@ def _find_avqa_audio(video_name: str, folder: str) -> str:
 
 def load_audio(path: str) -> np.ndarray:
     """A clip's first channel as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
-    with _one_line_errors(path):
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    audio = soxr.resample(samples[:, 0], rate, SAMPLE_RATE)
-    if len(audio) < MIN_SAMPLES:
-        raise InputError(f"{path}: {len(audio) / SAMPLE_RATE * 1000:.0f} ms of audio; at least 25 ms are needed")
-    if not np.isfinite(audio).all():
-        raise InputError(f"{path}: holds NaN or infinite samples; replace or remove this clip")
-    return audio
+    with open_clip(path) as file, _one_line_errors(path):
+        samples = file.read(dtype="float32", always_2d=True)[:, 0]
+        rate, announced = file.samplerate, file.frames
+    if len(samples) < announced:
+        fault = f"was cut off, {len(samples) / rate:.1f} of {announced / rate:.1f} s are there"
+    elif not np.isfinite(samples).all():
+        fault = "holds NaN or infinite samples"
+    elif (peak := np.abs(samples).max()) > MAX_PEAK:
+        fault = f"holds samples of up to {peak:.0e}, where full scale is 1"
+    elif peak == 0:
+        fault = "holds nothing but zeros, absolute silence"
+    else:
+        return soxr.resample(samples, rate, SAMPLE_RATE)
+    raise InputError(f"{path}: {fault}; replace or remove this clip")
 
 
-def check_clips(paths: list[str], bar: bool = False) -> dict[str, tuple[str | None, str | None]]:
-    """For each clip a digest of its file, None if it is missing, and why load_audio refuses it, None if it does not.
+@contextmanager
+def open_clip(path: str) -> Iterator[soundfile.SoundFile]:
+    """A clip, opened to be read, if its header and its last sample are as a clip's should be. Raises InputError."""
+    fault = file_fault(path)
+    if fault is None:
+        with _one_line_errors(path), soundfile.SoundFile(path) as file:
+            fault = _header_fault(file)
+            if fault is None and file.format != "MP3":  # there, seeking decodes all that is before
+                try:
+                    file.seek(file.frames - 1)
+                    file.seek(0)
+                except soundfile.LibsndfileError:
+                    fault = "was cut off or is damaged: its last sample cannot be reached"
+            if fault is None:
+                yield file
+                return
+    raise InputError(f"{path}: {fault}; replace or remove this clip")
 
-    Decodes all of them, in threads.
-    """
 
-    def check(path):
-        if not os.path.isfile(path):
-            return None, f"no audio file {path}"
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        try:
-            load_audio(path)
-        except InputError as error:
-            return digest, str(error)
-        return digest, None
+def file_fault(path: str) -> str | None:
+    """Why a path cannot be a clip, before it is opened."""
+    if not os.path.lexists(path):
+        return "no audio file of this name"
+    if not os.path.isfile(path):  # reading a pipe would wait for someone to write
+        return f"is a {kind_of_file(path)}, not an audio file"
+    size = os.path.getsize(path)
+    if size == 0:
+        return "is an empty file"
+    with _one_line_errors(path), open(path, "rb") as file:
+        announced = _mp3_bytes(file.read(4096))
+    return f"was cut off, {size} of {announced} bytes are there" if size < 0.99 * announced else None
 
-    with ThreadPoolExecutor() as pool:
-        found = pool.map(check, paths)
-        found = list(tqdm(found, desc="checking audio", unit="clip", total=len(paths), disable=not bar))
-    return dict(zip(paths, found))
+
+def _mp3_bytes(start: bytes) -> int:
+    """The size that an MP3 file says it has, in a frame named Xing or Info; 0 if it does not say."""
+    place = max(start.find(b"Xing"), start.find(b"Info"))
+    if place < 0 or start[:3] != b"ID3" and start[0] != 0xFF:
+        return 0
+    has_frames, has_bytes = start[place + 7] & 1, start[place + 7] & 2
+    field = place + 8 + 4 * has_frames
+    return int.from_bytes(start[field : field + 4], "big") if has_bytes else 0
+
+
+def _header_fault(file: soundfile.SoundFile) -> str | None:
+    """What is wrong with a clip by its header."""
+    seconds = file.frames / file.samplerate if file.samplerate > 0 else 0
+    if not 0 < file.samplerate <= MAX_RATE:
+        return f"has {file.samplerate} Hz, where at most {MAX_RATE} are expected (ffmpeg -ar 16000 changes that)"
+    if file.channels > MAX_CHANNELS:
+        return f"has {file.channels} channels, where at most {MAX_CHANNELS} are expected (ffmpeg -ac 1 mixes them)"
+    if seconds < MIN_SAMPLES / SAMPLE_RATE:
+        return f"holds {seconds * 1000:.0f} ms of audio, and at least 25 ms are needed"
+    if seconds > MAX_SECONDS:
+        return f"lasts {seconds:.0f} s, of which the model would hear the first 30 (ffmpeg -t 30 cuts it)"
+    said = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)  # libsndfile's, of WAV
+    if said and int(said[2]) < int(said[1]) < 2**31 - 2**16:  # a size near 2^31 or 2^32 stands for one not known
+        return f"was cut off, {said[2]} of {said[1]} bytes of samples are there"
+    if re.search("lacks an end-of-stream bit|Junk after the last page", file.extra_info):  # of Ogg
+        return f"was cut off after {seconds:.1f} s: its end is missing"
+    return None
 
 
 def audio_seconds(path: str) -> float:
     """A clip's length by its header. Raises InputError."""
-    with _one_line_errors(path):
-        return soundfile.info(path).duration
+    with open_clip(path) as file:
+        return file.frames / file.samplerate
 
 
 @contextmanager
@@ -268,8 +397,9 @@ def _one_line_errors(path: str):
     try:
         yield
     # TypeError: headerless .raw files; MemoryError: a damaged header that claims hours of audio
-    except (OSError, TypeError, MemoryError, soundfile.LibsndfileError) as error:
-        raise InputError(f"{path}: cannot be read as audio ({error}); replace or remove this clip") from None
+    except (OSError, TypeError, ValueError, MemoryError, soundfile.LibsndfileError) as error:
+        reason = " ".join(str(error).replace(f"Error opening {path!r}: ", "").split()) or type(error).__name__
+        raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove this clip") from None
 
 
 # ---- which questions a rank trains on ----

@@ -24,11 +24,11 @@ import transformers
 from ablations import change, kinds, remark
 from answering import answer_questions
 from checkpoint import free_bytes, remembered_template, save_checkpoint, step_folders
-from data import TEMPLATES, InputError, Question, check_clips, parse_records, read_records
+from data import TEMPLATES, InputError, Question, parse_records, read_records
 from eval_report import run_report, write_html
 from flags import Parser
 from lora import is_adapter
-from policy import DTYPES, check_model, load_policy, pick_dtype
+from policy import DTYPES, check_context, check_model, load_policy, pick_dtype
 from predictions import (
     check_writable,
     identify_checkpoint,
@@ -38,8 +38,17 @@ from predictions import (
     with_answers,
     write_predictions,
 )
+from preflight import bad_audio_report, digest_clips
 from reward import guessing, prediction
-from runtime import SharedInputError, finish_together, gather, load_on_all_ranks, on_rank_0, setup_distributed
+from runtime import (
+    SharedInputError,
+    finish_together,
+    gather,
+    load_on_all_ranks,
+    memory_errors,
+    on_rank_0,
+    setup_distributed,
+)
 from scores import ablation_table, accuracy_table, compare, is_right, percent, samples_table
 
 MMAU = "data/MMAU/mmau-test-mini.json"
@@ -162,22 +171,19 @@ def choose_templates(given: str | None, checkpoints: list[str]) -> dict[str, str
     return templates
 
 
-def read_data(args: argparse.Namespace) -> tuple[list[str], list[dict], list[Question]]:
-    """The places, records and questions of args.data. Raises InputError."""
+def read_data(args: argparse.Namespace) -> tuple[list[dict], list[Question]]:
+    """The records and questions of args.data. Raises InputError."""
     if args.data == MMAU and not os.path.exists(MMAU):
         raise InputError(
             f"{MMAU} is missing: download it from github.com/Sakshi113/MMAU with the test-mini audios that its README "
             "links, and unpack these to data/MMAU/test-mini-audios/; or name another file with --data"
         )
     placed = read_records(args.data)
-    questions = parse_records(placed, args.audio_dir or os.path.dirname(args.data), require_audio=False)
-    places, records = zip(*placed[: args.limit])
-    return list(places), list(records), questions[: args.limit]
+    questions = parse_records(placed, args.audio_dir or os.path.dirname(args.data))
+    return [record for _, record in placed[: args.limit]], questions[: args.limit]
 
 
-def read_clips(
-    args: argparse.Namespace, places: list[str], questions: list[Question]
-) -> tuple[list[str | None], dict[int, str]]:
+def read_clips(args: argparse.Namespace, questions: list[Question]) -> tuple[list[str | None], dict[int, str]]:
     """Digests of the questions' clips, and which cannot be used and why, by question; decodes all of them.
 
     Raises SharedInputError if some cannot be used, unless args.skip_bad_audio.
@@ -185,18 +191,16 @@ def read_clips(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     paths = list(dict.fromkeys(question.audio for question in questions))
     checked = {}
-    for part in gather(check_clips(paths[rank::ranks], bar=rank == 0)):
+    for part in gather(digest_clips(paths[rank::ranks], bar=rank == 0)):
         checked |= part
     digests, reasons = zip(*(checked[question.audio] for question in questions))
     errors = {i: reason for i, reason in enumerate(reasons) if reason is not None}
-    listed = "\n".join(f"  {places[i]}: {reason}" for i, reason in errors.items())
+    faults = {questions[i].place: reason for i, reason in errors.items()}
     if errors and not args.skip_bad_audio:
-        raise SharedInputError(
-            f"{len(errors)} of {len(questions)} questions have no usable clip; replace the clips, name their folder "
-            f"with --audio_dir, or count these questions as wrong with --skip_bad_audio\n{listed}"
-        )
+        remedy = "; replace them, name their folder with --audio_dir, or count these as wrong with --skip_bad_audio"
+        raise SharedInputError(bad_audio_report(faults, len(questions), remedy))
     if errors and rank == 0:
-        print(f"{len(errors)} of {len(questions)} questions have no usable clip and count as wrong:\n{listed}")
+        print(bad_audio_report(faults, len(questions), " and count as wrong; the predictions file names them all"))
     return list(digests), errors
 
 
@@ -217,16 +221,19 @@ def predictions_path(args: argparse.Namespace, checkpoint: str, kind: dict) -> s
 
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this."""
-    checkpoints, (places, records, questions) = on_rank_0(lambda: (find_checkpoints(args.ckpt), read_data(args)))
+    checkpoints, (records, questions) = on_rank_0(lambda: (find_checkpoints(args.ckpt), read_data(args)))
     templates = on_rank_0(lambda: choose_templates(args.template, checkpoints))
-    digests, errors = read_clips(args, places, questions)
+    digests, errors = read_clips(args, questions)
     readable = [i for i in range(len(questions)) if i not in errors]
+    heard = [questions[i] for i in readable]
+    for checkpoint in checkpoints:
+        on_rank_0(lambda: check_context(checkpoint, heard, templates[checkpoint], args.max_new_tokens))
     dtype, rank = pick_dtype(args.dtype, device), dist.get_rank()
     options = dict(max_new_tokens=args.max_new_tokens, cuda_graph=args.cuda_graph == "on")
     if args.check_batching:
         model, processor = load_on_all_ranks(args.ckpt, dtype, device)
         options |= {"template": templates[args.ckpt], "silence": args.silence}
-        check_batching(args, model, processor, [questions[i] for i in readable], options)
+        check_batching(args, model, processor, heard, options)
         return
 
     sampling = dict(samples=args.samples, temperature=args.temperature, seed=args.seed) if args.samples else {}
@@ -257,7 +264,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
                         raise
                     broken.append(str(error))  # the others' table does not wait for it
                     break
-            asked = change([questions[i] for i in readable], kind, args.seed)
+            asked = change(heard, kind, args.seed)
             answers = answer_questions(
                 model, processor, asked, batch_size=args.batch_size, silence=kind["silence"],
                 journal=(journal_path(out), settings), **template, **sampling, **options,
@@ -369,20 +376,13 @@ def main() -> int:
     _, _, device = setup_distributed()
 
     def work():
-        try:
+        with memory_errors("the evaluation"):
             if args.merge:
                 on_rank_0(lambda: merge_checkpoint(args, device))
             else:
                 evaluate(args, device)
-        except torch.OutOfMemoryError:
-            raise InputError("the GPU's memory is too small: use a smaller --batch_size or fewer --samples") from None
-        except OSError as error:
-            raise InputError(str(error)) from None
 
-    try:
-        return finish_together("eval_mmau.py", work)
-    except KeyboardInterrupt:
-        sys.exit("eval_mmau.py: interrupted; the same command continues from what is answered")
+    return finish_together("eval_mmau.py", work, "the same command continues from what is answered")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ import argparse
 import os
 import sys
 
-# Flag: the numbers that it takes, as an interval; a round bracket leaves its end out. What lies outside is nonsense or a
-# slip of the keyboard (a learning rate of 1e6 for 1e-6), and a run that starts with it is lost.
+# Flag: the numbers that it takes, as an interval; a round bracket leaves its end out. What lies outside is nonsense or
+# a slip of the keyboard (a learning rate of 1e6 for 1e-6), and a run that starts with it is lost.
 LIMITS = {
     # training
     "steps": "[1, 10000000]",

@@ -238,7 +238,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
             with clock("train"), dropout_on(policy):
                 updates.append(accumulate_gradients(learner.ddp_policy, rollouts, args, length))
             with clock("update"):
-                grad_norm = update(args, learner, step, lr)  # clips the gradient first
+                grad_norm = update(args, learner, step, lr, updates[-1]["loss"])  # clips the gradient first
 
         # 6. Metrics and completions.
         metrics = {"kl": None} | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}

@@ -11,6 +11,7 @@ training pass.
 """
 
 import copy
+import json
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import logging
 
-from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
+from data import SAMPLE_RATE, InputError, Question, audio_seconds, build_prompt, load_audio, report
 from decoding import GroupDecoder
 from lora import adapter_base, dropout_is_on, is_adapter, merge_adapter
 
@@ -51,12 +53,68 @@ def check_model(name_or_path: str) -> None:
                 "name another place as base_model_name_or_path in adapter_config.json"
             ) from None
         return
-    if os.path.exists(name_or_path) and not os.path.isfile(os.path.join(name_or_path, "config.json")):
-        raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
+    if os.path.exists(name_or_path):
+        if not os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
+        _check_weight_files(name_or_path)
     with _one_line_errors(name_or_path):
         model_type = AutoConfig.from_pretrained(name_or_path).model_type
         if model_type != "qwen2_audio":
             raise ValueError(f"its config.json says {model_type}")
+
+
+def _check_weight_files(folder: str) -> None:
+    """Raise InputError unless a model folder has all of its weights, as safetensors."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.isfile(index):
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index}: cannot be used ({type(error).__name__}: {error}); copy it again") from None
+        if missing:
+            raise InputError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, {missing[0]}; copy it again"
+            )
+    elif not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        pickled = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled:
+            what = f"only {pickled[0]}, a pickle, which could run code when it is opened; convert it to safetensors"
+            raise InputError(f"{folder}: holds no model.safetensors, {what}")
+        raise InputError(f"{folder}: holds no model.safetensors; is this the folder of a checkpoint?")
+
+
+def check_context(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int) -> None:
+    """Raise InputError if a prompt and a completion together can be longer than the model's context. Loads no weights.
+
+    Where the text's bytes already fit, its tokens, which are fewer, are not counted.
+    """
+    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
+    with _one_line_errors(name_or_path):
+        context = AutoConfig.from_pretrained(base).get_text_config().max_position_embeddings
+    if max_new_tokens >= context:
+        raise InputError(
+            f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"
+        )
+    others = 30 * 25 + 64  # at most, of audio and of chat markup
+    long = [q for q in questions if len(build_prompt(q, template).encode()) + others + max_new_tokens > context]
+    if not long:
+        return
+    with _one_line_errors(name_or_path):
+        processor = AutoProcessor.from_pretrained(name_or_path)
+    problems = []
+    for question in long:
+        text = processor.tokenizer(chat_text(processor, question, template))["input_ids"]
+        heard = min(audio_seconds(question.audio), processor.feature_extractor.chunk_length)
+        tokens = len(text) + int(heard * 25) + max_new_tokens
+        if tokens > context:
+            problems.append(
+                f"{question.place or question.id}: {tokens} tokens, --max_new_tokens {max_new_tokens} among them, are "
+                f"more than the model's context of {context}; shorten or remove this question"
+            )
+    if problems:
+        raise InputError(report(problems, f"{len(problems)} questions are too long" if problems[1:] else ""))
 
 
 def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
@@ -74,9 +132,10 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     else:
         with _one_line_errors(name_or_path):
             processor = AutoProcessor.from_pretrained(name_or_path)
-            model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
-                name_or_path, dtype=dtype, output_loading_info=True
-            )
+            with _no_warnings():  # what does not fit, transformers says in a table, and load_policy in a line
+                model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
+                    name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True
+                )
             if loaded["missing_keys"]:  # transformers would go on with random weights in their place
                 raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
     processor.tokenizer.padding_side = "left"
@@ -93,6 +152,16 @@ def _one_line_errors(name_or_path: str, what: str = "a Qwen2-Audio model"):
         raise InputError(f"{name_or_path}: cannot be loaded as {what} ({reason})") from None
 
 
+@contextmanager
+def _no_warnings():
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that --dtype names; auto is bfloat16 on a GPU and float32 elsewhere."""
     return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
@@ -101,32 +170,58 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # ---- prompts ----
 
 
+class BadClip(InputError):
+    """The clip of a question cannot be used."""
+
+    def __init__(self, question: Question, fault: str):
+        super().__init__(f"{question.place}: {fault}" if question.place else fault)
+        self.question, self.fault = question, fault
+
+
+def chat_text(processor, question: Question, template: str) -> str:
+    """A question's prompt with the chat markup around it and a mark where its clip goes."""
+    text = {"type": "text", "text": build_prompt(question, template)}
+    messages = [{"role": "user", "content": [{"type": "audio", "audio_url": question.audio}, text]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
 def encode_prompts(processor, questions: list[Question], template: str, silence: bool = False) -> Prompt:
     """Questions with their clips as left-padded model inputs on the CPU.
 
     Returns input_ids and attention_mask [B, P], input_features [B, mels, F] and feature_attention_mask [B, F], where F
     is the longest clip's frames plus two (see run_audio_tower) instead of the 30 s that the processor pads to.
-    With `silence`, each clip is replaced by zeros of its own length.
+    With `silence`, each clip is replaced by zeros of its own length. Raises BadClip.
     """
     texts, clips = [], []
     for question in questions:
-        text = {"type": "text", "text": build_prompt(question, template)}
-        messages = [{"role": "user", "content": [{"type": "audio", "audio_url": question.audio}, text]}]
-        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        clip = load_audio(question.audio)
+        texts.append(chat_text(processor, question, template))
+        try:
+            clip = load_audio(question.audio)
+        except InputError as error:
+            raise BadClip(question, str(error)) from None
         clips.append(np.zeros_like(clip) if silence else clip)
     prompt = processor(text=texts, audio=clips, sampling_rate=SAMPLE_RATE, return_tensors="pt", padding=True)
     return slice_prompt(prompt, 0, len(questions))
 
 
 def encode_ahead(
-    processor, batches: Iterator[list[Question]], template: str, silence: bool = False
+    processor, batches: Iterator[list[Question]], template: str, silence: bool = False, replace=None
 ) -> Iterator[tuple[list[Question], Prompt]]:
-    """Each batch with its encode_prompts, which a thread computes while the caller is busy with the batch before."""
+    """Each batch with its encode_prompts, which a thread computes while the caller is busy with the batch before.
+
+    Where a clip turns out bad, `replace`, if given, has to give the batch with another question in its place, from the
+    batch and the BadClip, until all are good.
+    """
     processor = copy.deepcopy(processor)  # of the thread's own: a tokenizer serves one at a time
 
     def encode(batch):
-        return batch, encode_prompts(processor, batch, template, silence)
+        while True:
+            try:
+                return batch, encode_prompts(processor, batch, template, silence)
+            except BadClip as error:
+                if replace is None:
+                    raise
+                batch = replace(batch, error)
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         pending = deque()

@@ -7,10 +7,9 @@ was changed by hand, or is of other settings, is not taken for done.
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
-from checkpoint import write_text
+from checkpoint import check_folder, write_text
 from data import InputError
 from lora import adapter_base, is_adapter
 from reward import prediction
@@ -78,12 +77,7 @@ def check_writable(paths: list[str]) -> None:
     for path in map(Path, paths):
         if path.is_dir():
             raise InputError(f"{path}: is a folder; name a file")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        check_folder(path.parent, path)
 
 
 def as_saved(settings: dict, predictions: bytes) -> dict:

@@ -25,9 +25,10 @@ import torch
 
 import toy
 from checkpoint import UNFINISHED, remove, step_folders, write_text
-from data import InputError, check_answers, digest, load_questions
+from data import InputError, digest, load_questions
 from flags import Parser
 from policy import check_model
+from preflight import CACHE, load_checked
 from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
 from reproduce_rows import (
@@ -61,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("seeds", "runs of each row", type=int, default=1)
     add("steps", "training steps of each row [1000; of the toy: 360]", type=int)
     add("nproc_per_node", "processes of a script [GPUs, at least 1; of the toy: 2]", type=int)
+    add("skip_bad_audio", "go on where clips are missing or broken, as the scripts do", action="store_true")
     add("label_noise", "share of the toy's training answers that are wrong", type=float, default=0.0)
     add("heldout_noise", "the toy's held-out clips are this many times as noisy", type=float, default=1.0)
     add("seconds_per_step", "of training, for the estimate, where none has been measured in --out", type=float)
@@ -225,9 +227,8 @@ def check_folder(args: argparse.Namespace) -> None:
         check_model(args.model)
         identity = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
         for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
-            questions = load_questions(path, folder)
-            check_answers(questions, path)
-            identity |= {f"{name}_digest": digest(questions)}
+            cache = None if args.dry_run else Path(args.out, CACHE)
+            identity |= {f"{name}_digest": digest(load_checked(path, folder, args.skip_bad_audio, cache).questions)}
     path = Path(args.out) / "reproduce.json"
     if not path.exists():
         if not args.dry_run:

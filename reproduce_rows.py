@@ -158,4 +158,5 @@ def _command(args: argparse.Namespace, script: str, flags: dict) -> list[str]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc_per_node}"]
         launcher += ["--shutdown_timeout=600"]
     texts = [text for name, value in flags.items() if value is not None for text in (f"--{name}", str(value))]
+    texts += ["--skip_bad_audio"] * args.skip_bad_audio
     return [sys.executable, *launcher, str(ROOT / script), *texts]

@@ -7,16 +7,19 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from data import InputError
@@ -27,6 +30,8 @@ from policy import Prompt, completion_logprobs, load_policy
 # Set by setup_distributed:
 _launcher = None  # id of the process that started this one
 _patient_group = None  # of all ranks, for waits that have no right length: a download, a checkpoint of many GB
+_store = None  # key-value pairs that the ranks share
+_watching = threading.Event()  # cleared when this rank has nothing left to do that could fail
 
 
 def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
@@ -46,17 +51,21 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
         device, backend = torch.device("cpu"), "gloo"
         if gpus and local_rank == 0:
             print(f"{local_size} processes share {gpus} GPU(s): running on the CPU", flush=True)
+    global _launcher, _patient_group, _store
+    _store = _meet(rank, world_size) if "RANK" in os.environ else dist.HashStore()  # without torchrun: nobody to meet
     dist.init_process_group(
         backend,
-        store=_meet(rank, world_size) if "RANK" in os.environ else dist.HashStore(),  # without torchrun: nobody to meet
+        store=_store,
         rank=rank,
         world_size=world_size,
         device_id=device if device.type == "cuda" else None,
         timeout=timeout,
     )
-    global _launcher, _patient_group
     _launcher = os.getppid()
     _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    if world_size > 1:
+        _watching.set()
+        threading.Thread(target=_end_with_the_others, daemon=True).start()
     if rank != 0:
         disable_progress_bar()  # transformers' bars; one set of them is enough
     return rank, world_size, device
@@ -128,7 +137,8 @@ def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.devic
     """load_policy on every rank, however much slower some node is. Raises SharedInputError if it fails on any."""
     loaded = failure = None
     try:
-        loaded = load_policy(name_or_path, dtype, device)
+        with memory_errors("loading the model"):
+            loaded = load_policy(name_or_path, dtype, device)
     except InputError as error:
         failure = str(error)
     failures = [reason for reason in gather(failure) if reason]
@@ -137,22 +147,68 @@ def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.devic
     return loaded
 
 
-def finish_together(script: str, work) -> int:
-    """Call `work` on this rank and leave the process group in order. Returns the exit status: 1 after an InputError,
-    which is printed as one line, by rank 0 alone if all ranks share it."""
+# ---- the end ----
+
+FAILED = "failed"  # in the store: how many ranks have failed
+
+
+def finish_together(script: str, work, interrupted: str = "--resume continues from what was saved last") -> int:
+    """Call `work` on this rank and leave the process group in order. Returns the exit status: 1 after an error.
+
+    What ends a rank is printed once, by the first rank that it happens to: a user's mistake and what the machine
+    refuses as one line, all else with its traceback. The other ranks then end within seconds, wherever they are.
+    """
     try:
         work()
-    except InputError as error:
-        shared = isinstance(error, SharedInputError)
-        if dist.get_rank() == 0 or not shared:
-            print(f"{script}: error: {error}", file=sys.stderr, flush=True)
-        if not shared:  # such as a clip that this rank alone cannot decode
-            os._exit(1)  # at once: the others may wait for this one in a collective, and torchrun ends them
+        wait_for_all_ranks()
+    except SharedInputError as error:
+        if dist.get_rank() == 0:
+            _say(f"{script}: error: {error}")
+        _watching.clear()
         dist.destroy_process_group()
         return 1
-    wait_for_all_ranks()
+    except KeyboardInterrupt:
+        _end_all(f"{script}: interrupted; {interrupted}", status=130)
+    except (InputError, OSError) as error:  # such as a clip that this rank alone cannot decode
+        _end_all(f"{script}: error: {error}")
+    except Exception as error:
+        if isinstance(error, dist.DistError) or "onnection" in str(error):  # and the other rank said nothing
+            reason = " ".join(str(error).split())[:300]
+            _end_all(f"{script}: error: rank {dist.get_rank()} has lost the others; was one killed? ({reason})")
+        _end_all(f"{traceback.format_exc()}{script}: error: rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    _watching.clear()
     dist.destroy_process_group()
     return 0
+
+
+def _end_all(message: str, status: int = 1) -> NoReturn:
+    """End this process at once, and the others, which may wait for it in a collective. The first to fail says why."""
+    try:
+        first = _store.add(FAILED, 1) == 1
+    except RuntimeError:
+        first = True  # nobody is left to ask
+    if first:
+        _say(message)
+    os._exit(status)
+
+
+def _say(message: str) -> None:
+    """Print the last line of a run."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # leaves it as it is, and ends its line
+    sys.stdout.flush()
+    print("\n" * (dist.get_rank() != 0) + message, file=sys.stderr, flush=True)  # off the line of rank 0's bar
+
+
+def _end_with_the_others() -> None:
+    """In a thread: end this process once another rank has failed, even if it hangs in a collective on a GPU."""
+    while _watching.is_set():
+        time.sleep(0.5)
+        try:
+            if _store.check([FAILED]) and _watching.is_set():
+                os._exit(1)
+        except RuntimeError:
+            return  # the store is gone; collectives will fail, or exit_if_abandoned will tell
 
 
 def launchers() -> list[str]:
@@ -208,6 +264,35 @@ def data_parallel(model, prompt: Prompt, checkpointing: bool) -> DistributedData
     return ddp_model
 
 
+# ---- memory ----
+
+# What makes a phase need less.
+LESS_MEMORY = {
+    "data": "lower --prompts_per_rank",
+    "listen": "lower --prompts_per_rank",
+    "sample": "lower --prompts_per_rank, --group_size or --max_new_tokens",
+    "reference": "raise --accumulation_steps; --beta 0 or --lora_rank hold no reference",
+    "train": "raise --accumulation_steps, lower --group_size or --max_new_tokens, use --gradient_checkpointing on",
+    "update": "use more GPUs, which share the optimizer's state, or --lora_rank",
+    "the evaluation": "lower --batch_size, --samples or --max_new_tokens",
+}
+START = "use more or larger GPUs, --dtype bfloat16, --beta 0 or --lora_rank"
+
+
+@contextmanager
+def memory_errors(phase: str):
+    """Inside `with`, running out of memory ends in an InputError that names the phase and the flags that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of a GPU, torch.OutOfMemoryError
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+            raise
+        help, reason = LESS_MEMORY.get(phase, START), " ".join(str(error).split())[:200]
+        where = "GPU memory" if on_gpu else "memory"
+        raise InputError(f"out of {where} in phase {phase!r}: {help} ({reason})") from None
+
+
 # ---- measuring ----
 
 
@@ -221,9 +306,10 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str):
         started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what the phase left running on the GPU belongs to it
+        with memory_errors(phase):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # what the phase left running on the GPU belongs to it
         self.phases[phase] += time.perf_counter() - started
 
     def total(self) -> float:

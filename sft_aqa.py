@@ -93,7 +93,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
         with clock("train"), dropout_on(policy):
             metrics = accumulate_gradients(learner.ddp_policy, parts, length)
         with clock("update"):
-            metrics["grad_norm"] = update(args, learner, step, lr)  # clips the gradient first
+            metrics["grad_norm"] = update(args, learner, step, lr, metrics["loss"])  # clips the gradient first
 
         # 4. Metrics, checkpoint, resume state.
         metrics["completion_tokens"] = length

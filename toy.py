@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from checkpoint import save_checkpoint
+from checkpoint import check_folder, save_checkpoint
 from data import (
     AUDIO_TOKEN,
     TEMPLATES,
@@ -36,12 +36,12 @@ from data import (
     Question,
     audio_seconds,
     build_prompt,
-    check_answers,
     load_questions,
     target_text,
 )
 from flags import Parser
 from policy import completion_logprobs, encode_prompts, encode_targets
+from preflight import load_checked
 from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
@@ -175,7 +175,7 @@ def make_base(
     save_checkpoint(out, model, processor)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         description="Make a tiny Qwen2-Audio base model for a question file, to try grpo_aqa.py on it without a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -184,14 +184,19 @@ def main() -> None:
     add("--questions", required=True, help="training questions: R1-AQA, AVQA, MMAU or plain file")
     add("--audio_dir", help="folder that relative audio paths start from; default: the question file's")
     add("--out", required=True, help="folder for the model")
+    add("--skip_bad_audio", action="store_true", help="go on without questions whose clip is missing or broken")
     add("--random_answers", type=float, default=1.0, help="share of its training answers that are any of the choices")
     add("--steps", type=int, default=STEPS, help="steps of the supervised warm start, 16 questions each")
     add("--seed", type=int, default=0, help="of the weights and the order of questions")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
-    questions = load_questions(args.questions, args.audio_dir)
-    check_answers(questions, args.questions)
+    check_folder(Path(args.out))
+    questions = load_checked(args.questions, args.audio_dir, args.skip_bad_audio, decode=True).questions
     make_base(questions, Path(args.out), args.seed, args.steps, args.random_answers)
     print(f"base model: {args.out}")
 
@@ -199,5 +204,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"toy.py: error: {error}")

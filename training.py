@@ -5,10 +5,12 @@ record_step and save_if_due; finish at the end.
 """
 
 import argparse
+import math
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,14 +20,25 @@ from tqdm import tqdm
 
 import toy
 from answering import heldout_table, score_greedily
-from checkpoint import append_jsonl, find_state, load_state, open_run, save_run
-from data import TEMPLATES, InputError, Question, check_answers, digest, load_questions, step_indices
+from checkpoint import (
+    append_jsonl,
+    check_folder,
+    find_state,
+    load_state,
+    note_bad_clips,
+    open_run,
+    save_run,
+    what_is_saved,
+)
+from data import SHOWN, TEMPLATES, InputError, Question, digest, step_indices
 from flags import Parser
 from lora import add_lora
 from optimizer import ShardedAdamW
 from policy import (
     DTYPES,
+    BadClip,
     Prompt,
+    check_context,
     check_model,
     encode_ahead,
     encode_prompts,
@@ -34,6 +47,7 @@ from policy import (
     pick_dtype,
     to_device,
 )
+from preflight import CACHE, Checked, load_checked
 from runtime import (
     Clock,
     SharedInputError,
@@ -41,9 +55,11 @@ from runtime import (
     data_parallel,
     exit_if_abandoned,
     finish_together,
+    gather,
     launchers,
     load_on_all_ranks,
     mean_over_ranks,
+    memory_errors,
     on_rank_0,
     peak_memory_gb,
     setup_distributed,
@@ -102,6 +118,8 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> arg
     add("lora_dropout", 0.0, "share of an adapter's inputs dropped in training")
     add("lora_targets", LORA_TARGETS, "linear layers that get adapters, by name")
     parser.add_argument("--freeze_audio_tower", action="store_true", help="leave the audio tower as it is")
+    skip = "go on without questions whose clip is missing or broken, instead of stopping"
+    parser.add_argument("--skip_bad_audio", action="store_true", help=skip)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest state")
     return parser
 
@@ -112,8 +130,9 @@ def parse_settings(
     """Parse and check what shared_settings asks for; the dictionaries are the same as there."""
     args = parser.parse_args(argv)
     if args.model is None:
-        if args.data:
-            parser.error("--data needs --model (`python toy.py --questions FILE --out DIR` makes a tiny one)")
+        for name in ("data", "audio_dir", "heldout"):
+            if getattr(args, name):
+                parser.error(f"--{name} needs --model (`python toy.py --questions FILE --out DIR` makes a tiny one)")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         parser.set_defaults(model=TOY_MODEL, data=TOY_DATA, heldout=TOY_HELDOUT, **toy_defaults | {"lr": None})
         parser.set_defaults(prompts_per_rank=max(1, TOY_PROMPTS // processes))
@@ -141,7 +160,7 @@ class Run:
     """What rank 0 finds out before any weights are loaded."""
 
     config: dict
-    questions: list[Question]
+    questions: list[Question]  # those with a usable clip
     heldout: list[Question]
     state: Path | None  # the folder to resume from
 
@@ -157,6 +176,9 @@ class Learner:
     generator: torch.Generator  # of what this rank draws
     progress: dict  # step; position: questions used by all ranks; before: the base's held-out scores
     preempted: threading.Event  # set by SIGTERM
+    batch: list[Question] = field(default_factory=list)  # this rank's questions of the step
+    bad_clips: dict[str, str] = field(default_factory=dict)  # found by this rank: by question's place, what is wrong
+    replaced: list[str] = field(default_factory=list)  # places of questions of the step with a bad clip
 
 
 def run_training(args: argparse.Namespace, script: str, method: str, train) -> int:
@@ -166,7 +188,8 @@ def run_training(args: argparse.Namespace, script: str, method: str, train) -> i
 
     def work():
         run = on_rank_0(lambda: prepare(args, method, started_by))
-        train(args, run, device)
+        with memory_errors("the start"):  # what comes later has a phase of its own
+            train(args, run, device)
 
     return finish_together(script, work)
 
@@ -175,19 +198,24 @@ def prepare(args: argparse.Namespace, method: str, started_by: list[str]) -> Run
     """Make the toy or check the user's inputs, and look for a state to resume from. Raises InputError."""
     if args.model == TOY_MODEL:
         toy.make_toy(Path(TOY_MODEL).parent)
-    questions = load_questions(args.data, args.audio_dir)
-    check_answers(questions, args.data)
-    heldout = load_questions(args.heldout) if args.heldout else []
-    check_answers(heldout, args.heldout)
+    check_folder(Path(args.out))
     check_model(args.model)
+    training = load_checked(args.data, args.audio_dir, args.skip_bad_audio, Path(args.out, CACHE))
+    heldout = Checked([], {})
+    if args.heldout:  # few enough to be decoded at once
+        heldout = load_checked(args.heldout, None, args.skip_bad_audio, decode=True)
+    check_context(args.model, training.questions + heldout.questions, args.template, args.max_new_tokens)
     config = vars(args) | {
         "method": method,
         "heldout": args.heldout and os.path.abspath(args.heldout),  # eval_mmau.py finds it from anywhere
-        "questions_digest": digest(questions),
+        "questions_digest": digest(training.questions),
+        "skipped_questions": len(training.skipped),
+        "skipped_heldout": len(heldout.skipped),
+        "bad_clips_met": {},  # those that turned out bad when they were decoded, and why
         "world_size": dist.get_world_size(),
         "launchers": started_by,
     }
-    return Run(config, questions, heldout, find_state(Path(args.out), config, args.resume))
+    return Run(config, training.questions, heldout.questions, find_state(Path(args.out), config, args.resume))
 
 
 def load_policy_to_train(args: argparse.Namespace, device: torch.device):
@@ -242,17 +270,44 @@ def steps_to_take(
     steps = range(progress["step"] + 1, args.steps + 1)
     batch_size = args.prompts_per_rank * dist.get_world_size()
     positions = range(progress["position"], progress["position"] + len(steps) * batch_size, batch_size)
-    shares = (step_indices(len(run.questions), p, args.prompts_per_rank, rank, args.seed) for p in positions)
-    batches = encode_ahead(learner.processor, ([run.questions[i] for i in share] for share in shares), args.template)
-    for step in steps:
+
+    def share(position):
+        indices = step_indices(len(run.questions), position, args.prompts_per_rank, rank, args.seed)
+        return [run.questions[i] for i in indices]
+
+    replace = partial(replace_bad, run.questions, learner.bad_clips) if args.skip_bad_audio else None
+    batches = encode_ahead(learner.processor, map(share, positions), args.template, replace=replace)
+    for step, position in zip(steps, positions):
         clock = Clock(device)
         with clock("data"):
-            batch, prompt = next(batches)
+            try:
+                batch, prompt = next(batches)
+            except BadClip as error:
+                remedy = "or go on without such clips, with --resume --skip_bad_audio"
+                raise InputError(f"step {step}: {error}, {remedy}; {what_is_saved(Path(args.out))}") from None
             prompt = to_device(prompt, device)
+        learner.batch = batch
+        learner.replaced = [old.place for old, new in zip(share(position), batch) if old is not new] if replace else []
         if args.freeze_audio_tower:
             with clock("listen"):
                 prompt = listen(learner.policy, prompt)  # once for all that is computed from it
         yield step, args.lr * (1 - (step - 1) / args.steps), batch, prompt, clock  # linear decay to 0
+
+
+def replace_bad(
+    questions: list[Question], bad_clips: dict[str, str], batch: list[Question], error: BadClip
+) -> list[Question]:
+    """The batch with another question for the one whose clip is bad: the next in the file that is not known to be.
+
+    Adds to bad_clips. Which question that is in the end follows from the file and its clips alone, so that a resumed
+    run trains on the same ones. Raises InputError if no good clip is left.
+    """
+    bad_clips[error.question.place] = error.fault
+    start = next(i for i, question in enumerate(questions) if question is error.question)
+    for other in questions[start + 1 :] + questions[:start]:
+        if other.place not in bad_clips:
+            return [other if question is error.question else question for question in batch]
+    raise InputError(f"no question has a usable clip; {error}")
 
 
 def progress_bar(args: argparse.Namespace, learner: Learner, method: str) -> tqdm:
@@ -261,12 +316,25 @@ def progress_bar(args: argparse.Namespace, learner: Learner, method: str) -> tqd
     return tqdm(desc=method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
 
 
-def update(args: argparse.Namespace, learner: Learner, step: int, lr: float) -> float:
-    """One step of the optimizer along the gradient that is there. Returns the gradient's norm before clipping."""
+def update(args: argparse.Namespace, learner: Learner, step: int, lr: float, loss: float) -> float:
+    """One step of the optimizer along the gradient that is there. Returns the gradient's norm before clipping.
+
+    Raises SharedInputError, with the weights as before, if the norm or any rank's loss is not finite.
+    """
+    learns = mean_over_ranks({"finite": float(math.isfinite(loss))}, learner.policy.device)["finite"] == 1
     try:
-        return learner.optimizer.step(lr, args.max_grad_norm)
+        if learns:
+            return learner.optimizer.step(lr, args.max_grad_norm)
+        fault = "the loss is not finite"
     except FloatingPointError as error:
-        raise SharedInputError(f"step {step}: {error}; the weights are as before it") from None
+        fault = str(error)
+    suspects = learner.batch if learns or not math.isfinite(loss) else []
+    ids = [name for part in gather([question.id for question in suspects]) for name in part]
+    listed = ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    raise SharedInputError(
+        f"step {step}: {fault}, with the questions {listed}; the weights are as before it and nothing was saved; "
+        f"{what_is_saved(Path(args.out))}; look at these questions, or lower --lr"
+    )
 
 
 def record_step(
@@ -279,10 +347,16 @@ def record_step(
     values = {name: value for name, value in metrics.items() if value is not None}
     values |= {"seconds": clock.total()} | {f"seconds_{phase}": spent for phase, spent in clock.phases.items()}
     values |= {"peak_memory_gb": peak_memory_gb(clock.device), "preempted": float(learner.preempted.is_set())}
+    values |= {"replaced_questions": float(len(learner.replaced))} if args.skip_bad_audio else {}
     means = mean_over_ranks(values, clock.device)
     exit_if_abandoned()
     stopping = means.pop("preempted") > 0
     record = {"step": step, "lr": lr} | metrics | means
+    if args.skip_bad_audio:
+        record["replaced_questions"] = round(means["replaced_questions"] * dist.get_world_size())  # of all ranks
+        if record["replaced_questions"]:
+            met = gather({place: learner.bad_clips[place] for place in learner.replaced})
+            on_rank_0(lambda: note_bad_clips(Path(args.out), step, {k: v for part in met for k, v in part.items()}))
     if dist.get_rank() == 0:
         append_jsonl(Path(args.out) / "metrics.jsonl", record)
     return record, stopping

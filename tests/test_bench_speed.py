@@ -285,7 +285,7 @@ def test_rounds_of_a_point(monkeypatch):
     "wrong, complaint",
     [
         ([], "arguments are required"),
-        (["step", "--clip_seconds", "10", "31"], "--clip_seconds must be from"),
+        (["step", "--clip_seconds", "10", "31"], "--clip_seconds must be at most 30, not 31.0"),
         (["sample", "--max_new_tokens", "9"], "--max_new_tokens must be at least 10"),
         (["scale", "--rounds", "0"], "--rounds must be"),
         (["train", "--gpus", "8"], "unrecognized arguments"),

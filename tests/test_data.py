@@ -18,7 +18,7 @@ AVQA = {key: R1_AQA[key] for key in R1_AQA if key not in ("dataset_name", "audio
 MMAU = {"id": "u-1", "audio_id": "./a.wav", "question": "In the video?", "choices": ["a dog", "it's"]}
 MMAU |= {"answer": "a dog", "task": "sound", "category": "y", "sub-category": "z", "difficulty": "hard"}
 PLAIN = {"audio": "a.wav", "question": "In the video?", "choices": ["a dog", "it's"], "answer": "it's"}
-FORMATS = {"R1-AQA": R1_AQA, "AVQA": AVQA, "MMAU": MMAU, "plain": PLAIN}
+FORMATS = {"R1-AQA": R1_AQA, "AVQA": AVQA | {"id": 8}, "MMAU": MMAU, "plain": PLAIN}
 
 
 def changed(record: dict, **fields) -> str:
@@ -26,7 +26,7 @@ def changed(record: dict, **fields) -> str:
     return json.dumps({key: value for key, value in {**record, **fields}.items() if value is not None})
 
 
-def write_clip(path, samples=np.zeros(1600), rate=16_000, subtype="FLOAT"):
+def write_clip(path, samples=np.full(1600, 0.1), rate=16_000, subtype="FLOAT"):
     path.parent.mkdir(exist_ok=True)
     soundfile.write(path, samples, rate, subtype=subtype)
 
@@ -51,7 +51,7 @@ def test_formats(tmp_path, name, as_list):
     place = f"{path}, record 4" if as_list else f"{path}, line 8"
     assert load_questions(path) == [
         Question("7", audio, "Which audio sound is in the audio?", choices, "it's"),
-        Question("7", audio, "Which audio sound is in the audio?", choices, "it's"),
+        Question("8", audio, "Which audio sound is in the audio?", choices, "it's"),
         Question("u-1", audio, "In the video?", choices, "a dog", task="sound", difficulty="hard", sub_category="z"),
         Question(place, audio, "In the video?", choices, "it's"),
     ]
@@ -86,8 +86,7 @@ def test_avqa_audio(tmp_path, video_name, stem, suffix):
     """A video's audio is found under either name and any suffix, and no other clip of the video is taken for it."""
     for name in (f"{stem}1.wav", f"{stem}_3.wav", "-HG3Omg_89c_3.wav", "-HG3Omg_89c.wav"):
         write_clip(tmp_path / name)
-    with pytest.raises(InputError, match="1 of 1 audio files missing"):
-        load(tmp_path, changed(AVQA, video_name=video_name))
+    assert not Path(load(tmp_path, changed(AVQA, video_name=video_name))[0].audio).exists()
     (tmp_path / (stem + suffix)).touch()
     assert load(tmp_path, changed(AVQA, video_name=video_name))[0].audio == str(tmp_path / (stem + suffix))
 
@@ -97,7 +96,7 @@ def test_avqa_audio(tmp_path, video_name, stem, suffix):
 def test_withheld_answer(tmp_path, record, withheld, capsys):
     """MMAU withholds the answers of its big test set, by leaving them out or empty."""
     write_clip(tmp_path / "a.wav")
-    loaded = load(tmp_path, changed(record, **withheld), json.dumps(record | {"answer": None}))
+    loaded = load(tmp_path, changed(record, **withheld), json.dumps(record | {"answer": None, "id": "other"}))
     assert [question.answer for question in loaded] == [None, None]
     assert capsys.readouterr().out == ""
 
@@ -105,7 +104,7 @@ def test_withheld_answer(tmp_path, record, withheld, capsys):
 def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
     """Kept as it is published, and counted in one printed line."""
     write_clip(tmp_path / "a.wav")
-    lines = [json.dumps(MMAU), changed(MMAU, answer="A dog"), changed(MMAU, answer="a cat")]
+    lines = [json.dumps(MMAU), changed(MMAU, answer="A dog", id=2), changed(MMAU, answer="a cat", id=3)]
     assert [question.answer for question in load(tmp_path, *lines)] == ["a dog", "A dog", "a cat"]
     out = capsys.readouterr().err
     assert out.count("\n") == 1 and f"{tmp_path / 'q.jsonl'}, line 2" in out and "2 such" in out
@@ -169,8 +168,37 @@ BAD = {
     "answer is index 1": (changed(PLAIN, answer=1), None, [FILE, "line 1", "answer", "1"]),
     "answer is index 0": (changed(PLAIN, answer=0), None, [FILE, "line 1", "answer", "0"]),
     "no audio name": (changed(PLAIN, audio=7), None, [FILE, "line 1", "audio"]),
-    "audio is a folder": (changed(PLAIN, audio="."), None, [FILE, "line 1", "1 of 1"]),
-    "missing audio": (f"{OK}\n{LOST}\n{LOST}", None, [FILE, "line 2", "b_000007.wav", "2 of 3", "--audio_dir"]),
+    "the same id twice": (f"{changed(MMAU)}\n{OK}\n{changed(MMAU)}", None, [FILE, "line 3", "'u-1'", "line 1"]),
+    "answer in other case": (changed(PLAIN, answer="It's"), None, [FILE, "line 1", '"It\'s"', "case or space alone"]),
+    "answer in other space": (
+        changed(PLAIN, answer="a  dog "),
+        None,
+        [FILE, "line 1", "'a dog'", "case or space alone"],
+    ),
+    "half a character": (changed(PLAIN, question="\ud800?"), None, [FILE, "line 1", "half of a character"]),
+    "half a character in an id": (changed(PLAIN, id="\ud800"), None, [FILE, "line 1", "half of a character"]),
+    "NUL in a name": (changed(PLAIN, audio="a\0.wav"), None, [FILE, "line 1", "NUL"]),
+    "nested 100,000 deep": ("[" * 100_000, None, [FILE, "nested"]),
+    "a number of 5,000 digits": (
+        changed(AVQA, answer=1).replace(" 1,", " " + 5_000 * "1" + ","),
+        None,
+        [FILE, "line 1"],
+    ),
+    "a huge value": (changed(PLAIN, choices="x" * 100_000), None, [FILE, "line 1", "(100002 characters)"]),
+    "audio_id leaves its folder": (
+        changed(MMAU, audio_id="x/../../a.wav"),
+        None,
+        [FILE, "line 1", "leaves", "audio_dir"],
+    ),
+    "video_name leaves its folder": (changed(AVQA, video_name="../a"), None, [FILE, "line 1", "leaves"]),
+    "audio is a folder": (changed(PLAIN, audio="."), None, ["is a folder"]),
+    "missing audio": (f"{OK}\n{LOST}", None, ["b_000007.wav: no audio file"]),
+    "8 channels": (OK, (np.ones((1600, 8)),), [CLIP, "8 channels", "-ac 1"]),
+    "192 kHz": (OK, (np.ones(16_000), 192_000), [CLIP, "192000 Hz", "-ar 16000"]),
+    "an hour": (OK, (np.ones(3_600_000), 1_000), [CLIP, "3600 s", "-t 30"]),
+    "silence": (OK, np.zeros(1600), [CLIP, "silence"]),
+    "samples like 1e30": (OK, np.full(1600, 1e30), [CLIP, "1e+30"]),
+    "infinite samples": (OK, np.full(1600, np.inf), [CLIP, "infinite"]),
     "clip is text": (OK, b"This is no sound.", [CLIP]),
     "clip is empty": (OK, b"", [CLIP]),
     "raw samples": (changed(PLAIN, audio="a.raw"), bytes(32_000), ["a.raw"]),
@@ -187,7 +215,7 @@ def test_bad_input(tmp_path, case):
     if isinstance(clip, bytes):
         (tmp_path / next(name for name in named if name.startswith("a."))).write_bytes(clip)
     else:
-        write_clip(tmp_path / CLIP, np.zeros(1600) if clip is None else clip)
+        write_clip(tmp_path / CLIP, *(clip if isinstance(clip, tuple) else [np.ones(1600) if clip is None else clip]))
     if callable(questions):
         questions(tmp_path / FILE)
     else:
@@ -198,6 +226,20 @@ def test_bad_input(tmp_path, case):
     message = str(error.value).replace(str(tmp_path), "")
     assert "\n" not in message
     assert [name for name in named if name not in message] == []
+
+
+def test_malformed_records_are_reported_together(tmp_path):
+    """How many of how many, and the first 20 in full."""
+    (tmp_path / FILE).write_text("\n".join([OK] + 25 * [changed(PLAIN, answer="z")] + [OK]))
+    with pytest.raises(InputError) as error:
+        load_questions(str(tmp_path / FILE))
+    first, *lines = str(error.value).split("\n")
+    assert first == "25 problems in the 27 records of the question file"
+    assert len(lines) == 21 and lines[-1] == "  ... and 5 more"
+    assert [line.split(": ")[0].split(", ")[1] for line in lines[:20]] == [f"line {i}" for i in range(2, 22)]
+    (tmp_path / FILE).write_text(f"{OK}\n{{\n3\n{OK}")
+    with pytest.raises(InputError, match="2 problems\n.*line 2: not valid JSON.*\n.*line 3: expected a JSON object"):
+        load_questions(str(tmp_path / FILE))
 
 
 # ---- audio ----
@@ -270,6 +312,10 @@ def test_real_recordings(file, number):
     assert len(questions) == number
     for question in questions:
         assert question.answer in question.choices and "video" not in question.question
+        if not soundfile.read(question.audio)[0].any():  # three of the recordings are empty
+            with pytest.raises(InputError, match="absolute silence"):
+                load_audio(question.audio)
+            continue
         audio, info = load_audio(question.audio), soundfile.info(question.audio)
         assert audio.dtype == np.float32 and audio.ndim == 1 and np.abs(audio).max() < 2
         assert abs(len(audio) - 16_000 * info.frames / info.samplerate) <= 1

@@ -1,15 +1,12 @@
-"""The two commands as a user runs them: the toy through torchrun, the evaluation of its checkpoint, bad input."""
+"""The two commands as a user runs them: the toy through torchrun, and the evaluation of its checkpoint."""
 
 import json
-import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import soundfile
 import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
@@ -132,71 +129,6 @@ def test_second_run_finds_the_toy_and_loses_nothing(short_run):
     assert json.loads((folder / "metrics.jsonl").read_text())["kl"] is None
 
 
-# ---- bad input ----
-
-GRPO, TOY, EVALUATION = ("grpo_aqa.py", "--model"), ("toy.py", "--out", "x", "--questions"), ("eval_mmau.py", "--ckpt")
-DATA = ("--data", "good.jsonl")
-# case: command, what its one line on stderr names
-BAD = {
-    "no question file": ((*GRPO, "qwen2", "--data", "none.jsonl"), ["none.jsonl"]),
-    "question file is a folder": ((*TOY, "qwen2"), ["qwen2"]),
-    "malformed line": ((*TOY, "malformed.jsonl"), ["malformed.jsonl, line 2"]),
-    "answer is no choice": ((*TOY, "answer.jsonl"), ["answer.jsonl, line 1", "'z'"]),
-    "answer withheld": ((*GRPO, "qwen2", "--data", "withheld.jsonl"), ["withheld.jsonl", "no answer"]),
-    "second clip in the question": ((*TOY, "token.jsonl"), ["token.jsonl, line 1", "<|AUDIO|>"]),
-    "no audio": ((*TOY, "audio.jsonl"), ["audio.jsonl, line 1", "b.wav"]),
-    "broken audio": ((*TOY, "broken.jsonl"), ["broken.wav"]),
-    "output exists": (("toy.py", "--questions", "good.jsonl", "--out", "qwen2"), ["qwen2", "--out"]),
-    "template": ((*GRPO, "qwen2", *DATA, "--template", "poem"), ["--template", "poem"]),
-    "group of one": ((*GRPO, "qwen2", *DATA, "--group_size", "1"), ["--group_size", "1"]),
-    "no data": ((*GRPO, "qwen2"), ["--data"]),
-    "another model": ((*GRPO, "qwen2", *DATA), ["qwen2", "Qwen2-Audio"]),
-    "empty model folder": ((*GRPO, "empty", *DATA), ["empty", "config.json"]),
-    "model without weights": ((*GRPO, "weightless", *DATA), ["weightless"]),
-    "no heldout file": ((*GRPO, "qwen2", *DATA, "--heldout", "none.json"), ["none.json"]),
-    "unknown name": ((*EVALUATION, "no/model", *DATA, "--out", "y"), ["no/model"]),
-    "broken config": ((*EVALUATION, "bad_json", *DATA), ["bad_json"]),
-    "no MMAU": ((*EVALUATION, "weightless"), ["data/MMAU/mmau-test-mini.json"]),
-}
-
-
-@pytest.fixture(scope="module")
-def bad_inputs(tmp_path_factory, tiny):
-    """Each case run as a command, a few side by side: name -> completed process."""
-    folder = tmp_path_factory.mktemp("bad")
-    good = {"audio": "good.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
-    soundfile.write(folder / "good.wav", [0.0] * 16_000, 16_000)
-    (folder / "broken.wav").write_bytes(b"no sound")
-    changes = {"good": {}, "answer": {"answer": "z"}, "withheld": {"answer": None}, "audio": {"audio": "b.wav"},
-               "broken": {"audio": "broken.wav"}, "token": {"question": "What is <|AUDIO|>?"}}  # fmt: skip
-    for name, change in changes.items():
-        (folder / f"{name}.jsonl").write_text(json.dumps(good | change))
-    (folder / "malformed.jsonl").write_text(json.dumps(good) + "\n{'audio'\n")
-    for name, config in (("qwen2", '{"model_type": "qwen2"}'), ("bad_json", "{"), ("empty", None)):
-        (folder / name).mkdir()
-        if config:
-            (folder / name / "config.json").write_text(config)
-    tiny[0].config.save_pretrained(folder / "weightless")
-    tiny[1].save_pretrained(folder / "weightless")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-    def fail(args):
-        return subprocess.run(command(*args), cwd=folder, env=environment, text=True, capture_output=True)
-
-    with ThreadPoolExecutor(max_workers=3) as pool:
-        results = dict(zip(BAD, pool.map(fail, [args for args, _ in BAD.values()])))
-    assert not any((folder / name).exists() for name in ("x", "y", "runs"))  # nothing half-written
-    return results
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_clear_line(bad_inputs, name):
-    lines = [line for line in bad_inputs[name].stderr.splitlines() if not line.startswith("usage: ")]
-    assert bad_inputs[name].returncode != 0
-    assert len(lines) == 1 and "error: " in lines[0], lines
-    assert [text for text in BAD[name][1] if text not in lines[0]] == []
-
-
 # ---- the promises of the README, minutes long ----
 
 
@@ -215,10 +147,12 @@ REAL_FLAGS = ("--steps", 300, "--lr", 3e-4, "--prompts_per_rank", 8, "--accumula
 @pytest.mark.skipif(not REAL_SOUNDS.is_dir(), reason="no real recordings next to this checkout")
 def test_real_recordings_are_learned(tmp_path):
     questions = REAL_SOUNDS / "train_r1aqa.jsonl"
-    run("toy.py", "--questions", questions, "--out", "tiny", cwd=tmp_path)
-    run("grpo_aqa.py", "--model", "tiny", "--data", questions, "--out", "run", *REAL_FLAGS, cwd=tmp_path, processes=2)
+    skip = "--skip_bad_audio"  # two of the recordings are empty
+    run("toy.py", "--questions", questions, "--out", "tiny", skip, cwd=tmp_path)
+    flags = (*REAL_FLAGS, skip)
+    run("grpo_aqa.py", "--model", "tiny", "--data", questions, "--out", "run", *flags, cwd=tmp_path, processes=2)
     accuracy = [json.loads(line)["accuracy"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(accuracy[-20:]) / 20 >= sum(accuracy[:20]) / 20 + 0.30
     checkpoint = sorted((tmp_path / "run").glob("step_*"))[-1]
-    evaluated = run("eval_mmau.py", "--ckpt", checkpoint, "--data", REAL_SOUNDS / "test_mmau.json", cwd=tmp_path)
+    evaluated = run("eval_mmau.py", "--ckpt", checkpoint, "--data", REAL_SOUNDS / "test_mmau.json", skip, cwd=tmp_path)
     assert "/44" in evaluated and "sub_category" in evaluated

@@ -188,7 +188,7 @@ def test_defaults(monkeypatch):
         (["--lora_dropout", "0.1"], "--lora_dropout needs --lora_rank"),
         (["--lora_rank", "-1"], "--lora_rank must be at least 0"),
         (["--lora_rank", "8", "--lora_alpha", "0"], "--lora_alpha must be above 0"),
-        (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout must be at least 0 and below 1"),
+        (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout must be below 1, not 1.0"),
     ],
 )
 def test_settings_that_contradict_are_refused(flags, said, capsys):

@@ -1,0 +1,64 @@
+"""Commands without the seconds that importing torch and transformers takes: one process does, and becomes each by a
+fork."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+Ended = namedtuple("Ended", "returncode stdout stderr")
+SERVER = """
+import json, os, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import eval_mmau, grpo_aqa, sft_aqa
+for line in sys.stdin:
+    folder, argv, code = json.loads(line)
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        os.chdir(folder)
+        for number, name in ((0, os.devnull), (1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv = argv
+        status = 0
+        try:
+            exec(compile(code, "<command>", "exec"), {"__name__": "__main__"})
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1 if end.code else 0
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Forker:
+    """Use it in a `with`."""
+
+    def __enter__(self):
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(ROOT)], env=os.environ | environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        os.killpg(self.process.pid, signal.SIGTERM)
+        self.process.wait()
+
+    def run(self, folder, argv, code=None) -> Ended:
+        """A command in `folder`: the script argv[0] of this project, or `code` in its place."""
+        code = code or f"import runpy; runpy.run_path({str(ROOT / argv[0])!r}, run_name='__main__')"
+        self.process.stdin.write(json.dumps([str(folder), list(map(str, argv)), code]) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        return Ended(status, *(Path(folder, name).read_text() for name in ("stdout", "stderr")))

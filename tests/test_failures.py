@@ -1,0 +1,340 @@
+"""What ends a run in its middle: said once, all processes end, and what was saved before is as it was."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import toy
+from checkpoint import step_folders
+from data import load_questions
+from forked import Forker
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
+         "accumulation_steps": 1, "max_new_tokens": 4, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
+
+# grpo_aqa.py with a fault put in. It may use `rank`; `at`, which has something done before each call of a module's
+# function, from after a step on; and `limit`, which has files be no larger than size() meanwhile.
+DRIVER = """
+import os, resource, sys, time
+sys.path.insert(0, {root!r})
+sys.argv[0] = "grpo_aqa.py"
+import torch, checkpoint, grpo_aqa, runtime, training
+rank, now = int(os.environ.get("RANK", 0)), [0]
+
+def count(*args, record_step=training.record_step):
+    now[0] = args[2]  # the step that is being recorded
+    return record_step(*args)
+
+grpo_aqa.record_step = count
+
+def at(step, module, name, do):
+    original = getattr(module, name)
+    def instead(*args, **kwargs):
+        if now[0] >= step:
+            kwargs = do(*args, **kwargs) or kwargs
+        return original(*args, **kwargs)
+    setattr(module, name, instead)
+
+def limit(step, module, name, size):
+    original = getattr(module, name)
+    def instead(*args, **kwargs):
+        if now[0] >= step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size(), resource.RLIM_INFINITY))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    setattr(module, name, instead)
+
+def fail(error):
+    def do(*args, **kwargs):
+        raise error
+    return do
+
+{fault}
+sys.exit(grpo_aqa.run_training(grpo_aqa.parse_args(), "grpo_aqa.py", "GRPO", grpo_aqa.train))
+"""
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with a tiny model and questions about six clips."""
+    folder = tmp_path_factory.mktemp("failures")
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        soundfile.write(folder / f"{i}.wav", 0.1 * rng.normal(size=8_000), 16_000)
+    records = [{"id": f"q{i}", "audio": f"{i}.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+               for i in range(6)]  # fmt: skip
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
+    model, processor = toy.make_model(load_questions(str(folder / "questions.jsonl")), seconds=1, seed=0)
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forker():
+    with Forker() as forker:
+        yield forker
+
+
+def command(out, switches, flags):
+    return [*(f"--{name}={value}" for name, value in (FLAGS | flags | {"out": out}).items()), *switches]
+
+
+def torchrun(home, out, fault):
+    """The driver on two processes to its end, which has to come within two minutes."""
+    driver = home / f"{Path(out).name}_driver.py"
+    driver.write_text(DRIVER.format(root=str(ROOT), fault=fault))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
+    started += command(out, (), {})
+    return subprocess.run(started, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def errors(done):
+    """The lines of ours on standard error that say what went wrong."""
+    return [line for line in done.stderr.splitlines() if line.startswith("grpo_aqa.py: ")]
+
+
+# ---- several processes ----
+
+NO_SPACE = "OSError(28, 'No space left on device')"
+FAULTS = {
+    "data loading": (
+        "if rank == 1: at(3, training, 'to_device', fail(training.InputError('clip 7 is bad')))",
+        "error: clip 7 is bad",
+    ),
+    "a pass through the model, while the other rank waits for no one": (
+        "at(3, grpo_aqa, 'sample_group', fail(ValueError('odd shapes')) if rank else lambda *args: time.sleep(300))",
+        "error: rank 1: ValueError: odd shapes",
+    ),
+    "saving a state": (
+        f"if rank == 1: at(4, torch, 'save', fail({NO_SPACE}))",
+        "rank_1.pt: could not be written ([Errno 28] No space left on device)",
+    ),
+}
+MORE_FAULTS = {
+    "the backward pass": (
+        "if rank == 1: at(3, grpo_aqa, 'grpo_loss', fail(ValueError('odd shapes')))",
+        "error: rank 1: ValueError: odd shapes",
+    ),
+    "saving a checkpoint": (
+        f"if rank == 0: at(4, checkpoint, 'save_checkpoint', fail({NO_SPACE}))",
+        "step_000004: could not be written ([Errno 28] No space left on device)",
+    ),
+    "a rank that is killed": (
+        "if rank == 1: at(3, grpo_aqa, 'sample_group', lambda *args, **kwargs: os.kill(os.getpid(), 9))",
+        "has lost the others; was one killed?",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", [*FAULTS, *(pytest.param(where, marks=pytest.mark.slow) for where in MORE_FAULTS)])
+def test_an_error_on_one_rank_ends_all_with_its_message_once(home, where):
+    fault, said = (FAULTS | MORE_FAULTS)[where]
+    out = re.sub(r"\W+", "_", where)
+    done = torchrun(home, out, fault)
+    assert done.returncode != 0
+    assert len(errors(done)) == 1 and said in errors(done)[0], done.stderr
+    # Where the error is in the code and not in what the user gave, its traceback is there, of that rank alone. torchrun
+    # adds its own.
+    ours = done.stderr.split("torch/distributed/run.py")[0]
+    assert ours.count("Traceback (most recent call last)") - 1 == ("ValueError" in said), done.stderr
+    assert [folder.name for folder in step_folders(home / out / "resume")] == ["step_000002"]
+    assert step_folders(home / out)[0].name == "step_000002"
+
+
+# ---- writing ----
+
+# what is written: (a function during which, from after a step on, files have a largest size; that size; what is named)
+WRITES = {
+    "metrics": ("3, training, 'append_jsonl'", "os.path.getsize('{out}/metrics.jsonl') + 9", "metrics.jsonl"),
+    "completions": (
+        "3, grpo_aqa, 'log_completions'",
+        "os.path.getsize('{out}/completions.jsonl') + 9",
+        "completions.jsonl",
+    ),
+    "a checkpoint": ("4, checkpoint, 'save_checkpoint'", "100_000", "step_000004"),
+    "the curves": ("4, checkpoint, 'draw_curves'", "1_000", "curves.png"),
+    "a state": ("4, torch, 'save'", "100_000", "rank_0.pt"),
+    "the progress within a state": ("4, checkpoint, 'write_text'", "10", "resume/step_000004"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(home, forker):
+    """Runs the driver on one process to its end."""
+
+    def run(out, *switches, fault="", **flags):
+        code = DRIVER.format(root=str(ROOT), fault=fault)
+        return forker.run(home, ["grpo_aqa.py", *command(out, switches, flags)], code)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home, run):
+    """The metrics of a run that nothing happens to, but for times."""
+    assert run("undisturbed").returncode == 0
+    return metrics(home / "undisturbed")
+
+
+def metrics(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if "seconds" not in k and "memory" not in k} for record in records]
+
+
+@pytest.mark.parametrize("what", WRITES)
+def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, what):
+    """A limit on the size of files stands in for a full disk. The run continues when there is room again."""
+    place, size, named = WRITES[what]
+    out = what.replace(" ", "_")
+    done = run(out, fault=f"limit({place}, lambda: {size.format(out=out)})")
+    assert done.returncode == 1
+    assert len(errors(done)) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert named in errors(done)[0] and "could not be written" in errors(done)[0]
+    assert ("inline_container" if what == "a state" else "File too large") in errors(done)[0]  # torch.save's own words
+    assert "--resume continues after step 2" in errors(done)[0]
+    assert [
+        json.loads(line)["step"] for line in (home / out / "metrics.jsonl").read_text().splitlines()
+    ]  # no torn line
+    assert run(out, "--resume").returncode == 0
+    assert metrics(home / out) == undisturbed
+
+
+# ---- numbers, memory ----
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_stops_the_run(home, run, processes):
+    """With the step, the questions of the rank that it happened on, and what was saved; nothing is saved over that."""
+    fault = (
+        "def poison(logprobs, *args, **kwargs):\n    with torch.no_grad(): logprobs.mul_(float('nan'))\n"
+        f"if rank == {processes - 1}: at(3, grpo_aqa, 'grpo_loss', poison)"
+    )
+    out = f"nan_{processes}"
+    done = run(out, fault=fault) if processes == 1 else torchrun(home, out, fault)
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
+    assert re.search(r"error: step 4: the loss is not finite, with the questions q\d, q\d;", errors(done)[0])
+    assert f"the last checkpoint is {out}/step_000002, and --resume continues after step 2" in errors(done)[0]
+    assert [folder.name for folder in step_folders(home / out)] == ["step_000002"]
+
+
+@pytest.mark.parametrize(
+    "module, name, phase, flag",
+    [
+        ("grpo_aqa", "sample_group", "sample", "--max_new_tokens"),
+        ("grpo_aqa", "completion_logprobs", "reference", "--beta 0"),
+        ("grpo_aqa", "accumulate_gradients", "train", "--accumulation_steps"),
+        ("grpo_aqa", "update", "update", "--lora_rank"),
+        ("grpo_aqa", "start", "the start", "--lora_rank"),
+    ],
+)
+def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monkeypatch, module, name, phase, flag):
+    """In one process with the error that torch raises on a GPU; grpo_aqa.py's own names are replaced."""
+    import torch
+
+    import grpo_aqa
+    import runtime
+
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(grpo_aqa, name, exhausted)
+    monkeypatch.setattr(runtime.os, "_exit", lambda status: sys.exit(status))
+    flags = [f"--{name}={value}" for name, value in (FLAGS | {"out": f"memory_{name}"}).items()]
+    with pytest.raises(SystemExit):
+        grpo_aqa.run_training(grpo_aqa.parse_args(flags), "grpo_aqa.py", "GRPO", grpo_aqa.train)
+    runtime.dist.destroy_process_group()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"grpo_aqa.py: error: out of GPU memory in phase '{phase}': " in last and flag in last and "2.00 GiB" in last
+
+
+# ---- bad clips, met in the middle ----
+
+
+def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):
+    """--skip_bad_audio: a clip with a bad header is left out, one with a bad body replaced when it is met; both are
+    counted, and an interruption changes nothing."""
+    broken = home / "broken.jsonl"
+    lines = (home / "questions.jsonl").read_text().splitlines()
+    soundfile.write(home / "silent.wav", np.zeros(8_000), 16_000)
+    for line, clip in ((1, "silent.wav"), (4, "gone.wav")):
+        lines[line] = json.dumps(json.loads(lines[line]) | {"audio": clip})
+    broken.write_text("\n".join(lines))
+    done = run("stopped", data="broken.jsonl")
+    assert done.returncode == 1 and "1 of 6 questions have no usable clip" in done.stderr
+    assert (
+        "broken.jsonl, line 5: gone.wav: no audio file" in done.stderr and not (home / "stopped/config.json").exists()
+    )
+
+    done = run("skipped", "--skip_bad_audio", data="broken.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "1 of 6 questions have no usable clip; going on without them" in done.stdout
+    assert (
+        done.stdout.count("silent.wav: holds nothing but zeros") == 1 and "1 clips have turned out bad" in done.stdout
+    )
+    config = json.loads((home / "skipped" / "config.json").read_text())
+    assert config["skipped_questions"] == 1 and [*config["bad_clips_met"]] == ["broken.jsonl, line 2"]
+    replaced = [record["replaced_questions"] for record in metrics(home / "skipped")]
+    assert len(replaced) == 6 and 2 <= sum(replaced) <= 3  # 12 questions of five, one of them bad
+    trained = [json.loads(line)["id"] for line in (home / "skipped" / "completions.jsonl").read_text().splitlines()]
+    assert "q1" not in trained and "q4" not in trained and set(trained) == {"q0", "q2", "q3", "q5"}
+
+    fault = "at(3, grpo_aqa, 'sample_group', lambda *args, **kwargs: os.kill(os.getpid(), 9))"
+    assert run("killed", "--skip_bad_audio", data="broken.jsonl", fault=fault).returncode != 0
+    assert run("killed", "--skip_bad_audio", "--resume", data="broken.jsonl").returncode == 0
+    assert metrics(home / "killed") == metrics(home / "skipped")
+    assert json.loads((home / "killed" / "config.json").read_text())["bad_clips_met"] == config["bad_clips_met"]
+
+
+def test_a_run_stopped_by_a_bad_clip_goes_on_without_it(home, run):
+    """Its state from before is resumed from with --skip_bad_audio."""
+    lines = (home / "questions.jsonl").read_text().splitlines()
+    soundfile.write(home / "quiet.wav", np.zeros(8_000), 16_000)
+    lines[5] = json.dumps(json.loads(lines[5]) | {"audio": "quiet.wav"})
+    (home / "quiet.jsonl").write_text("\n".join(lines))
+    done = run("quiet", data="quiet.jsonl", save_every=1)
+    assert done.returncode == 1 and "--resume --skip_bad_audio" in errors(done)[0]
+    assert re.search(r"error: step \d: quiet.jsonl, line 6: quiet.wav: holds nothing but zeros", errors(done)[0])
+    assert run("quiet", "--resume", "--skip_bad_audio", data="quiet.jsonl", save_every=1).returncode == 0
+    assert [record["step"] for record in metrics(home / "quiet")] == [1, 2, 3, 4, 5, 6]
+
+
+# ---- long runs ----
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_need_no_more_than_two_hundred(tmp_path):
+    """The toy, with small groups: resident memory within 5% from step 200 on, no more open files, all metrics."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    small = ["--steps", "2000", "--prompts_per_rank", "2", "--group_size", "4", "--max_new_tokens", "12"]
+    command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, "--save_every", "250", "--keep_last", "2"]
+    seen = {}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+        lines = tmp_path / "runs" / "toy" / "metrics.jsonl"
+        while process.poll() is None:
+            time.sleep(0.2)
+            step = lines.read_bytes().count(b"\n") if lines.exists() else 0
+            if step % 250 > 200 and step // 250 not in seen:  # well away from saves
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                resident = int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1))
+                seen[step // 250] = resident, len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    assert sorted(seen) == list(range(8)), seen
+    assert abs(seen[7][0] / seen[0][0] - 1) <= 0.05 and seen[7][1] <= seen[0][1], seen
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 2001))
+    assert all(set(record) == set(records[0]) and None not in record.values() for record in records)

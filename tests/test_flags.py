@@ -1,0 +1,69 @@
+"""Numeric flags: what is zero, negative, not a number or absurd is refused by name, in every script."""
+
+import math
+
+import pytest
+
+import bench
+import eval_mmau
+import grpo_aqa
+import reproduce
+import sft_aqa
+import toy
+from flags import LIMITS, outside_limits
+
+MODEL, DATA = ("--model", "m"), ("--data", "q.jsonl")
+TRAINING = ("steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "lr", "max_grad_norm", "seed",
+            "save_every", "keep_last", "lora_rank", "lora_alpha", "lora_dropout")  # fmt: skip
+GRPO = ("group_size", "temperature", "beta", "clip_low", "clip_high", "updates_per_rollout", "log_completions_every")
+EVALUATION = ("batch_size", "limit", "max_new_tokens", "samples", "shuffle_choices", "check_batching", "seed")
+REPRODUCE = ("seeds", "steps", "nproc_per_node", "label_noise", "heldout_noise", "seconds_per_step")
+# script: (what parses its command line, what else the command needs, its numeric flags)
+SCRIPTS = {
+    "grpo_aqa.py": (grpo_aqa.parse_args, [], TRAINING + GRPO),
+    "sft_aqa.py": (sft_aqa.parse_args, [], TRAINING),
+    "eval_mmau.py": (eval_mmau.parse_args, ["--ckpt", "m", "--out", "p", *DATA], EVALUATION),
+    "reproduce.py": (reproduce.parse_args, [], REPRODUCE),
+    "toy.py": (toy.parse_args, ["--questions", "q", "--out", "x"], ("random_answers", "steps", "seed")),
+    "bench.py memory": (bench.parse_args, ["memory"], ("gpus", "clip_seconds", "max_new_tokens", "group_size", "beta")),
+    "bench.py scale": (bench.parse_args, ["scale"], ("rounds", "seconds_per_point", "clip_seconds", "max_new_tokens")),
+}
+ZERO_IS_FINE = {"seed", "keep_last", "lora_rank", "lora_dropout", "beta", "shuffle_choices", "random_answers",
+                "label_noise", "heldout_noise"}  # fmt: skip
+CASES = [(script, flag) for script, (_, _, flags) in SCRIPTS.items() for flag in flags]
+
+
+@pytest.mark.parametrize("script, flag", CASES)
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "1e30", str(10**30), "many", ""])
+def test_absurd_numbers_are_refused_by_name(script, flag, value, capsys):
+    parse_args, others, _ = SCRIPTS[script]
+    if value == "0" and flag in ZERO_IS_FINE:
+        parse_args([*others, f"--{flag}=0"])
+        return
+    with pytest.raises(SystemExit):
+        parse_args([*others, f"--{flag}={value}"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "error: " in said and f"--{flag}" in said
+
+
+def test_limits_name_their_ends():
+    assert outside_limits("lr", 1e-6) is None and outside_limits("lr", 1.0) is None
+    assert outside_limits("lr", 0.0) == "--lr must be above 0, not 0.0"
+    assert outside_limits("lr", 1.1) == "--lr must be at most 1, not 1.1"
+    assert outside_limits("lr", math.nan) == "--lr must be above 0, not nan"
+    assert outside_limits("lora_dropout", 1.0) == "--lora_dropout must be below 1, not 1.0"
+    assert outside_limits("steps", 0) == "--steps must be at least 1, not 0"
+
+
+def test_every_numeric_flag_has_limits(monkeypatch):
+    """A flag without them would end in a KeyError; all defaults lie within theirs."""
+    for parse_args, others, flags in SCRIPTS.values():
+        numbers = {name for name, value in vars(parse_args(others)).items() if type(value) in (int, float)}
+        assert numbers <= set(LIMITS) and set(flags) <= set(LIMITS)
+
+
+def test_under_torchrun_one_rank_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit):
+        grpo_aqa.parse_args(["--lr", "7"])
+    assert capsys.readouterr().err == ""

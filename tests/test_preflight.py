@@ -1,0 +1,90 @@
+"""Checks before a model is loaded: all clips at once, their verdicts remembered."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import preflight
+from data import InputError
+from preflight import check_headers, load_checked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """30 questions about a clip each; of 25 there is none. One of the others is text, one is silent."""
+    records = [{"audio": f"{i}.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"} for i in range(30)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
+    for i in range(5):
+        soundfile.write(tmp_path / f"{i}.wav", np.full(1600, 0.1 * (i != 3)), 16_000)
+    (tmp_path / "2.wav").write_text("no sound")
+    return tmp_path
+
+
+def clips(folder):
+    return [str(folder / f"{i}.wav") for i in range(30)]
+
+
+def test_all_problems_are_reported_together(folder):
+    """How many of how many, the first 20 in full with their lines, and what to do."""
+    with pytest.raises(InputError) as error:
+        load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=False)
+    first, *lines = str(error.value).split("\n")
+    assert first.startswith("26 of 30 questions have no usable clip; ") and "--skip_bad_audio" in first
+    assert len(lines) == 21 and lines[-1] == "  ... and 6 more"
+    assert "q.jsonl, line 3: " in lines[0] and "2.wav: cannot be read as audio" in lines[0]
+    assert "q.jsonl, line 6: " in lines[1] and "5.wav: no audio file" in lines[1]
+
+
+@pytest.mark.parametrize("decode, left", [(False, [0, 1, 3, 4]), (True, [0, 1, 4])])
+def test_skipping_leaves_the_good_ones_and_says_how_many(folder, capsys, decode, left):
+    """By their headers silent clips are good; by their samples they are not."""
+    checked = load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True, decode=decode)
+    assert [int(Path(question.audio).stem) for question in checked.questions] == left
+    assert len(checked.skipped) == 30 - len(left)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{30 - len(left)} of 30 questions have no usable clip; going on without them\n")
+
+
+def test_nothing_is_left_to_go_on_with(folder):
+    for i in range(5):
+        (folder / f"{i}.wav").unlink()
+    with pytest.raises(InputError, match="30 of 30"):
+        load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True)
+
+
+def test_withheld_answers_are_reported_together(folder):
+    record = {"audio": "0.wav", "question": "What?", "choices": ["x", "y"]}
+    (folder / "q.jsonl").write_text("\n".join([json.dumps(record)] * 3))
+    with pytest.raises(InputError, match="3 of 3 questions have no answer\n.*line 1: .*\n.*line 2"):
+        load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True)
+
+
+def test_good_clips_are_opened_once(folder, monkeypatch):
+    """As long as they keep their size and time. Bad ones are looked at again: a disk that failed may be back."""
+    cache, opened = folder / "run" / "cache.json", []
+    original = preflight.audio_seconds
+    monkeypatch.setattr(preflight, "audio_seconds", lambda path: opened.append(Path(path).stem) or original(path))
+    faults = check_headers(clips(folder), cache)
+    assert len(faults) == 26 and sorted(opened, key=int) == [str(i) for i in range(30)]
+    opened.clear()
+    assert check_headers(clips(folder), cache) == faults
+    assert sorted(opened, key=int) == [str(i) for i in range(30) if i not in (0, 1, 3, 4)]
+    opened.clear()
+    soundfile.write(folder / "0.wav", np.ones(3200), 16_000)  # another size
+    os.utime(folder / "1.wav", ns=(0, 0))  # another time
+    soundfile.write(folder / "2.wav", np.ones(3200), 16_000)  # repaired
+    (folder / "4.wav").unlink()
+    assert len(check_headers(clips(folder), cache)) == 26
+    assert {"0", "1", "2", "4"} <= set(opened) and "3" not in opened
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', "\ud800"])
+def test_a_damaged_cache_is_as_none(folder, content):
+    cache = folder / "cache.json"
+    cache.write_bytes(content.encode("utf-8", "surrogatepass"))
+    assert len(check_headers(clips(folder), cache)) == 26
+    assert str(folder / "0.wav") in json.loads(cache.read_text())
