@@ -17,11 +17,10 @@ from tqdm import tqdm
 from data import Question, audio_seconds, build_prompt
 from decoding import GroupDecoder
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
+from preflight import TOKENS_PER_SECOND
 from reward import format_reward, guessing, prediction
 from runtime import exit_if_abandoned, gather, on_rank_0
 from scores import is_right
-
-TOKENS_PER_SECOND = 25  # of audio
 
 
 def answer_questions(
@@ -49,7 +48,7 @@ def answer_questions(
     batches = similar_lengths(processor, questions, template, batch_size)
     answers = {}
     if journal:
-        answers = on_rank_0(lambda: read_journal(*journal))
+        answers = on_rank_0(lambda: read_journal(*journal, len(questions), samples))
     # A batch of which an answer is missing is computed as a whole: as it would have been without an interruption.
     todo = [number for number, batch in enumerate(batches) if not all(i in answers for i in batch)]
     mine = ([questions[i] for i in batches[number]] for number in todo[rank::ranks])
@@ -123,11 +122,12 @@ def heldout_table(questions: list[Question], scores: dict[str, tuple[float, floa
 # ---- the journal ----
 
 
-def read_journal(path: str, settings: dict) -> dict[int, list[str]]:
+def read_journal(path: str, settings: dict, num_questions: int, samples: int) -> dict[int, list[str]]:
     """The answers in a journal, by the index of their question. Afterwards the file is ready to be added to.
 
-    The first line holds `settings`, each further one an answer. A journal of other settings is moved aside to
-    path.old; a line that a kill has torn is cut off; without a journal, one is started.
+    The first line holds `settings`, each further one an answer: `samples` completions of one of `num_questions`
+    questions. A journal of other settings is moved aside to path.old; a line that a kill has torn, or that is damaged
+    in another way, is cut off with all that follows it; without a journal, one is started.
     """
     header = json.dumps(settings, sort_keys=True)
     try:
@@ -144,11 +144,10 @@ def read_journal(path: str, settings: dict) -> dict[int, list[str]]:
         return {}
     answers, intact = {}, len(lines[0]) + 1
     for line in lines[1:]:
-        try:
-            record = json.loads(line)
-        except ValueError:
+        answer = _parse_line(line, num_questions, samples)
+        if answer is None:
             break
-        answers[record["question"]] = record["completions"]
+        answers |= answer
         intact += len(line) + 1
     os.truncate(path, intact)
     return answers
@@ -158,4 +157,20 @@ def append_journal(path: str, answers: dict[int, list[str]]) -> None:
     """Add answers to a journal that read_journal has prepared."""
     with open(path, "a", encoding="utf-8") as file:
         for i, completions in answers.items():
-            file.write(json.dumps({"question": i, "completions": completions}) + "\n")
+            file.write(_line(i, completions) + "\n")
+
+
+def _line(i: int, completions: list[str]) -> str:
+    return json.dumps({"question": i, "completions": completions})
+
+
+def _parse_line(line: bytes, num_questions: int, samples: int) -> dict[int, list[str]] | None:
+    """The answer in a journal's line; None unless it is, to the byte, one that this evaluation writes."""
+    try:
+        record = json.loads(line.decode())
+        i, completions = record["question"], record["completions"]
+        known = type(i) is int and 0 <= i < num_questions
+        whole = len(completions) == samples and all(isinstance(text, str) for text in completions)
+        return {i: completions} if known and whole and _line(i, completions) == line.decode() else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

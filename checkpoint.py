@@ -1,32 +1,34 @@
-"""The run folder: settings, metrics, completions, curves, Hugging Face checkpoints, and the state to resume from.
-
-Files and folders are written under a name that ends in ".unfinished" and renamed when complete. What a killed process
-leaves under such a name is ignored, and removed when the run continues.
-"""
+"""The run folder: settings, Hugging Face checkpoints, and the state to resume from."""
 
 import json
-import math
-import os
 import pickle
-import re
-import shutil
 import sys
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import TEMPLATES, InputError
+from files import (
+    UNFINISHED,
+    begin_folder,
+    finish_folder,
+    free_bytes,
+    remove,
+    step_folders,
+    step_of,
+    sync,
+    write_text,
+    writing,
+)
 from lora import lora_layers, save_adapter
+from metrics import cut_jsonl, draw_curves
 from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 
 # What a run leaves in its folder, beside step_000100/, step_000200/, ...
 RUN_FILES = ("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume")
-UNFINISHED = ".unfinished"
+RUN_FILES += ("metrics.jsonl.damaged", "completions.jsonl.damaged")
 # Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding (and what an
 # adapter's dropout drops).
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
@@ -57,7 +59,7 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
             f"this code's is {VERSION}; continue it with the code that began it, or name a new run with --out"
         )
     # With another number of processes, their share of a step may be another too.
-    free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved["world_size"] else set())
+    free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved.get("world_size") else set())
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
         for name, value in saved.items()
@@ -81,7 +83,7 @@ def _read_config(out: Path) -> dict:
     """A run's settings. Raises InputError."""
     try:
         return dict(json.loads((out / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = f"cannot be used ({error}); restore it, or name a new run with --out"
         raise InputError(f"{out}/config.json: {reason}") from None
 
@@ -130,12 +132,12 @@ def _start_run(out: Path, config: dict) -> None:
 def _continue_run(out: Path, config: dict, state: Path) -> None:
     """Bring the run folder back to when `state` was saved."""
     for later in step_folders(out):
-        if _step(later) > _step(state):
+        if step_of(later) > step_of(state):
             remove(later)
     for name in ("metrics.jsonl", "completions.jsonl"):
-        cut_jsonl(out / name, _step(state))
+        cut_jsonl(out / name, step_of(state))
     _write_config(out, config | {"bad_clips_met": _read_config(out).get("bad_clips_met", {})})
-    print(f"{out}: resuming after step {_step(state)}", flush=True)
+    print(f"{out}: resuming after step {step_of(state)}", flush=True)
 
 
 def _write_config(out: Path, config: dict) -> None:
@@ -155,65 +157,6 @@ def note_bad_clips(out: Path, step: int, met: dict[str, str]) -> None:
         tqdm.write(f"{len(config['bad_clips_met'])} clips have turned out bad so far")
 
 
-def what_is_saved(out: Path) -> str:
-    """For messages: the run's newest checkpoint, and where --resume would go on."""
-    checkpoints, states = step_folders(out), step_folders(out / "resume")
-    last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-    return f"{last}, and --resume continues after step {_step(states[-1])}" if states else last
-
-
-@contextmanager
-def _writing(path: Path, out: Path):
-    """Inside `with`, what fails to be written to `path` in the run folder `out` ends in an InputError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{path}: could not be written ({reason}), with {free_bytes(out) / 1e9:.2f} GB free; {what_is_saved(out)}; "
-            "see to the disk, then continue with --resume"
-        ) from None
-
-
-# ---- a line at a time ----
-
-
-def append_jsonl(path: Path, record: dict) -> None:
-    """Add one JSON line to a file of a run folder, as a whole or not at all. Raises InputError."""
-    with _writing(path, path.parent):
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError:
-            os.truncate(path, size)
-            raise
-
-
-def cut_jsonl(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and the part of a line that a killed process may have left at the end."""
-    if path.exists():
-        lines = [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
-        write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
-
-def log_completions(path: Path, step: int, questions, prompts, texts, rewards, advantages) -> None:
-    """Add B questions with their G completions each, one line a question. rewards, advantages: [B, G]."""
-    group_size = rewards.shape[1]
-    for b, question in enumerate(questions):
-        record = {
-            "step": step,
-            "id": question.id,
-            "audio": question.audio,
-            "prompt": prompts[b],
-            "answer": question.answer,
-            "completions": texts[b * group_size : (b + 1) * group_size],
-            "rewards": rewards[b].tolist(),
-            "advantages": [round(advantage, 4) for advantage in advantages[b].tolist()],
-        }
-        append_jsonl(path, record)
-
-
 # ---- Hugging Face checkpoints ----
 
 REMEMBERED = "aqa.json"  # in a checkpoint: what transformers and peft have no place for
@@ -225,15 +168,17 @@ def save_checkpoint(folder: Path, model, processor, template: str | None = None)
     Of a model with LoRA, the folder is a PEFT adapter's. `template`, the one that the model was trained with, is
     remembered in it.
     """
-    unfinished = _begin(folder)
+    unfinished = begin_folder(folder)
     if lora_layers(model):
         save_adapter(model, unfinished)
     else:
         model.save_pretrained(unfinished, max_shard_size="5GB")
     processor.save_pretrained(unfinished)
+    for weights in unfinished.glob("*.safetensors"):  # which safetensors hides from all others, whatever the umask
+        weights.chmod((unfinished / "processor_config.json").stat().st_mode & 0o777)
     if template:
         (unfinished / REMEMBERED).write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
-    _finish(folder)
+    finish_folder(folder)
 
 
 def remembered_template(folder: str | Path) -> str | None:
@@ -244,8 +189,8 @@ def remembered_template(folder: str | Path) -> str | None:
     try:
         template = json.loads(file.read_text(encoding="utf-8"))["template"]
         if template not in TEMPLATES:
-            raise ValueError(f"no such template: {template}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"no such template: {template!r:.100}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{file}: cannot be used ({reason}); repair it, or remove it and give --template") from None
     return template
@@ -262,34 +207,36 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     torch's default ones, which dropout draws from. Weights are those optimizer states' masters, rounded.
     """
     folder = out / "resume" / f"step_{progress['step']:06d}"
-    unfinished = on_rank_0(lambda: _begin(folder))
+    unfinished = on_rank_0(lambda: begin_folder(folder))
     rank = dist.get_rank()
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     rank_state["dropout"] = {device: default.get_state() for device, default in _default_generators(generator).items()}
-    with _writing(folder / f"rank_{rank}.pt", out):
+    with writing(folder / f"rank_{rank}.pt", out):
         torch.save(rank_state, unfinished / f"rank_{rank}.pt")
-        _sync(unfinished / f"rank_{rank}.pt")
+        sync(unfinished / f"rank_{rank}.pt")
     wait_for_all_ranks()
 
-    def finish():
+    def finish_state():
         exit_if_abandoned()
         saved = progress | {"world_size": dist.get_world_size()}
-        with _writing(folder, out):
+        with writing(folder, out):
             write_text(unfinished / "progress.json", json.dumps(saved, indent=2) + "\n")
             for name in ("metrics.jsonl", "completions.jsonl"):  # what leads up to this state is not younger than it
                 if (out / name).exists():
-                    _sync(out / name)
-            _finish(folder)
+                    sync(out / name)
+            finish_folder(folder)
         for earlier in step_folders(out / "resume")[:-1]:
             remove(earlier)
 
-    on_rank_0(finish)
+    on_rank_0(finish_state)
 
 
 def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
     """Restore weights, optimizer and random generator from save_state's folder. Returns progress. For all ranks."""
     try:
         progress = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+        if progress["step"] != step_of(folder):
+            raise ValueError(f"progress.json is of step {progress['step']!r}")
         ranks = [
             torch.load(folder / f"rank_{rank}.pt", map_location="cpu", mmap=True, weights_only=True)
             for rank in range(progress["world_size"])
@@ -302,7 +249,12 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
             for device, default in _default_generators(generator).items():
                 if device in own.get("dropout", {}):  # a state from before there was dropout has none
                     default.set_state(own["dropout"][device])
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # whose own words advise to trust it
+        raise InputError(
+            f"{folder}: cannot be resumed from; a file there holds more than tensors, and what that is could run code "
+            "when it is opened"
+        ) from None
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: cannot be resumed from ({type(error).__name__}: {reason})") from None
     wait_for_all_ranks()  # some may read a slower disk
@@ -345,11 +297,11 @@ def save_run(
         sys.stdout.flush()
         if checkpoint:
             folder = out / f"step_{step:06d}"
-            with _writing(folder, out):
+            with writing(folder, out):
                 save_checkpoint(folder, policy, processor, template)
             for folder in step_folders(out)[:-keep_last] if keep_last else []:
                 remove(folder)
-        with _writing(out / "curves.png", out):
+        with writing(out / "curves.png", out):
             draw_curves(out)
 
     on_rank_0(write_checkpoint)
@@ -367,28 +319,6 @@ def checkpoint_bytes(policy) -> int:
     return sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or not adapter)
 
 
-def free_bytes(out: Path) -> int:
-    """The bytes that are free on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(_existing(out)).free
-
-
-def check_folder(folder: Path, out: Path | None = None) -> None:
-    """Raise InputError if files could not be written to a folder, which need not exist yet and is not made. The message
-    names `out`, what is to be written there, or else the folder."""
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"{out or folder}: cannot be written ({error.strerror}); name another place with --out"
-        ) from None
-
-
-def _existing(folder: Path) -> Path:
-    """A folder, or else the nearest above it that exists."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
 def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
     """The bytes that the next save takes. Raises InputError if the disk has less room."""
     size = state_bytes(policy) + checkpoint * checkpoint_bytes(policy) + 20_000_000  # processor, metrics, curves
@@ -399,100 +329,3 @@ def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
             "(--keep_last keeps fewer checkpoints), then continue with --resume"
         )
     return size
-
-
-# ---- complete or not there ----
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The complete step_000100/, step_000200/, ... in a folder, by step."""
-    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=_step)
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, which looks incomplete from the first moment on."""
-    if not path.name.endswith(UNFINISHED):
-        path = path.rename(path.with_name(f"{path.name}.removed{UNFINISHED}"))
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _begin(folder: Path) -> Path:
-    """A new empty folder for the files of `folder`, until _finish gives it its name."""
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    if unfinished.exists():
-        remove(unfinished)
-    unfinished.mkdir(parents=True)
-    return unfinished
-
-
-def _finish(folder: Path) -> None:
-    unfinished = folder.with_name(folder.name + UNFINISHED)
-    for path in [*unfinished.rglob("*"), unfinished]:
-        _sync(path)
-    if folder.exists():
-        remove(folder)
-    unfinished.rename(folder)
-
-
-def _sync(path: Path) -> None:
-    """Have a file or folder on the disk before it counts as complete: a machine may lose power, too."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or as it was before, in a folder that is made if it is missing."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(text, encoding="utf-8")
-    _sync(unfinished)
-    unfinished.replace(path)
-
-
-CURVES = {
-    "reward": "reward (accuracy + format)",
-    "accuracy": "sampled training accuracy",
-    "format": "share of well-formed completions",
-    "kl": "KL to the reference (nats per token)",
-    "entropy": "policy entropy (nats per token)",
-    "completion_tokens": "completion length (tokens)",
-    "loss": "loss",
-    "grad_norm": "norm of the gradient before clipping",
-}
-
-
-def draw_curves(out: Path) -> None:
-    """Draw metrics.jsonl as curves.png: each metric over steps, thin, with its running mean over it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
-    steps = [m["step"] for m in metrics]
-    shown = [name for name in CURVES if name in metrics[0]]  # supervised training has no rewards
-    columns = math.ceil(len(shown) / 2)
-    figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6), sharex=True, layout="constrained")
-    for axis, name in zip(axes.flat, shown):
-        values = torch.tensor([float("nan") if m[name] is None else m[name] for m in metrics])
-        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-        window = max(1, min(25, len(values) // 4))
-        smooth = values.unfold(0, window, 1).mean(-1)
-        axis.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
-        axis.set_title(CURVES[name], fontsize=10)
-        axis.grid(alpha=0.3)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
-    unfinished = out / f"curves.png{UNFINISHED}"
-    figure.savefig(unfinished, dpi=90, format="png")
-    plt.close(figure)
-    unfinished.replace(out / "curves.png")

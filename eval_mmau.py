@@ -23,12 +23,13 @@ import transformers
 
 from ablations import change, kinds, remark
 from answering import answer_questions
-from checkpoint import free_bytes, remembered_template, save_checkpoint, step_folders
+from checkpoint import remembered_template, save_checkpoint
 from data import TEMPLATES, InputError, Question, parse_records, read_records
 from eval_report import run_report, write_html
+from files import free_bytes, step_folders
 from flags import Parser
 from lora import is_adapter
-from policy import DTYPES, check_context, check_model, load_policy, pick_dtype
+from policy import DTYPES, load_policy, pick_dtype
 from predictions import (
     check_writable,
     identify_checkpoint,
@@ -38,7 +39,7 @@ from predictions import (
     with_answers,
     write_predictions,
 )
-from preflight import bad_audio_report, digest_clips
+from preflight import bad_audio_report, check_context, check_model, digest_clips
 from reward import guessing, prediction
 from runtime import (
     SharedInputError,

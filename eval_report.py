@@ -11,12 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
-from checkpoint import UNFINISHED, write_text
+from files import UNFINISHED, write_text
 from data import InputError, Question
 from reward import guessing
 from scores import (
     FIELDS, Score, accuracy_by, accuracy_rows, align, discordant, in_order, is_right, mcnemar_exact, p_text,
-    percent, read_predictions, require_same_questions, score_cells, wilson_interval,
+    percent, read_predictions, require_same_questions, score_cells, visible, wilson_interval,
 )  # fmt: skip
 
 TASKS = ("sound", "music", "speech")  # MMAU's, a column each whether or not the questions have them
@@ -48,6 +48,7 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
             raise InputError(f"{error}; remove the one that is out of date, and evaluate again") from None
         correct[step] = [is_right(first[i], said[i]) for i in scored]
 
+    caption = visible(caption)
     tasks = [*TASKS, *in_order({q.task for q in questions if q.task is not None} - set(TASKS))]
     rows = [("checkpoint", *tasks, "average", "95% interval", "right")]
     for step, rights in correct.items():
@@ -89,7 +90,7 @@ def _best(correct: dict[int, list[bool]]) -> list[str]:
 
 def escape_markdown(text: str) -> str:
     """Text in which Markdown sees no markup: a file's name or a task is any text."""
-    return "".join("\\" + c if c in "\\`*_[]<>|&~$" else c for c in text)
+    return "".join("\\" + c if c in "\\`*_[]<>|&~$" else c for c in visible(text))
 
 
 def _markdown(caption: str, rows: list[tuple], verdict: list[str]) -> str:
@@ -133,7 +134,7 @@ def _draw(path: str, caption: str, questions: list[Question], correct: dict[int,
     axis.vlines(steps, lows, highs, color="C0", alpha=0.5, linewidth=0.8)  # all that is seen of a single checkpoint's
     axis.plot(steps, shares(totals), color="C0", marker="o", linewidth=2, label=f"all {len(questions)} questions")
     for i, task in enumerate(by_task[0], start=1):
-        label = f"{task} ({by_task[0][task].total})".replace("$", r"\$")  # no formula
+        label = f"{visible(task)} ({by_task[0][task].total})".replace("$", r"\$")  # no formula
         own = shares(scores[task] for scores in by_task)
         axis.plot(steps, own, color=f"C{i}", marker=".", linewidth=0.9, label=label)
     axis.axhline(100 * chance, color="gray", linestyle=":", linewidth=1, label="guessing")
@@ -224,6 +225,13 @@ def _bar(score: Score) -> str:
     return f'<div class="bar">{block}<b style="left:{percent(*score)}"></b></div>'
 
 
+def _address(path: str) -> str:
+    try:
+        return quote(path, errors="surrogateescape")
+    except UnicodeEncodeError:  # no file has such a name
+        return quote(path, errors="replace")
+
+
 def _item(number: int, question: Question, record: dict, right: bool | None, folder: str) -> str:
     verdict = {True: "right", False: "wrong", None: "unscored"}[right]
     predicted = record["model_prediction"]
@@ -233,10 +241,11 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
         marks = [mark for mark, text in (("answer", question.answer), ("predicted", predicted)) if choice == text]
         notes = "".join(f" <small>{mark}</small>" for mark in marks)
         choices.append(f'<li class="{" ".join(marks)}">{_e(choice)}{notes}</li>')
-    audio = quote(Path(os.path.relpath(os.path.abspath(question.audio), folder)).as_posix(), errors="surrogateescape")
+    audio = _address(Path(os.path.relpath(os.path.abspath(question.audio), folder)).as_posix())
     error = f'<p class="error">{_e(record["error"])}</p>\n' if record.get("error") else ""
     answer = "withheld" if question.answer is None else _e(question.answer)
-    texts = record.get("samples") or [record.get("completion", predicted)]
+    samples = record.get("samples")
+    texts = samples if isinstance(samples, list) and samples else [record.get("completion", predicted)]
     name = "whole completion" if len(texts) == 1 else f"all {len(texts)} completions"
     completions = "".join(f"<pre>\n{_e(text)}</pre>" for text in texts)
     return f"""<article class="{verdict}" data-verdict="{verdict}" data-task="{_e(question.task or "")}">

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import log_completions
 from data import build_prompt
 from decoding import GroupDecoder
 from lora import adapter_off, dropout_on
+from metrics import log_completions
 from policy import Prompt, completion_logprobs, decode_text, sample_group, slice_prompt, stop_token_ids
 from reward import accuracy_reward, format_reward
 from runtime import mean_length

@@ -150,16 +150,17 @@ def adapter_base(folder: str) -> str:
     try:
         config = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
         kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        itself = isinstance(base, str) and os.path.realpath(base) == os.path.realpath(folder)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder}: its {CONFIG} cannot be used ({type(error).__name__}: {error})") from None
     if kind != "LORA":
-        raise InputError(f"{folder}: not a LoRA adapter, its {CONFIG} says {kind}")
+        raise InputError(f"{folder}: not a LoRA adapter, its {CONFIG} says {kind!r:.100}")
     if config.get("modules_to_save"):
         whole = config["modules_to_save"]
-        raise InputError(f"{folder}: holds more than LoRA, whole modules {whole}; merge it with peft")
+        raise InputError(f"{folder}: holds more than LoRA, whole modules {whole!r:.200}; merge it with peft")
     if not isinstance(base, str) or not base:
         raise InputError(f"{folder}: its {CONFIG} names no base model; name one there as base_model_name_or_path")
-    if os.path.realpath(base) == os.path.realpath(folder):
+    if itself:
         raise InputError(f"{folder}: its {CONFIG} names this very folder as base_model_name_or_path; name the base")
     if not Path(folder, WEIGHTS).is_file():
         pickled = ", only adapter_model.bin, which could run code when it is opened; convert it"

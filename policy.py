@@ -11,8 +11,6 @@ training pass.
 """
 
 import copy
-import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,98 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import logging
 
-from data import SAMPLE_RATE, InputError, Question, audio_seconds, build_prompt, load_audio, report
+from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
 from decoding import GroupDecoder
 from lora import adapter_base, dropout_is_on, is_adapter, merge_adapter
+from preflight import check_model, loading_errors
 
 Prompt = dict[str, Tensor]  # what encode_prompts returns, and what listen adds to it
 PROMPT = ("input_ids", "attention_mask", "input_features", "feature_attention_mask")
 LOGITS_CHUNK = 512  # tokens whose logits are held at once: 156,032 words in float32 are 0.3 GB
 ASK_EVERY = 4  # tokens from one look at whether all completions have ended, for which a GPU has to stop, to the next
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def check_model(name_or_path: str) -> None:
-    """Raise InputError unless a Hugging Face name or folder is a Qwen2-Audio model, or a folder a LoRA adapter of one.
-    Loads no weights."""
-    if is_adapter(name_or_path):
-        base = adapter_base(name_or_path)
-        try:
-            if os.path.isabs(base) and not os.path.exists(base):
-                raise InputError("it is not there")
-            check_model(base)
-        except InputError as error:
-            raise InputError(
-                f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "
-                "name another place as base_model_name_or_path in adapter_config.json"
-            ) from None
-        return
-    if os.path.exists(name_or_path):
-        if not os.path.isfile(os.path.join(name_or_path, "config.json")):
-            raise InputError(f"{name_or_path}: not a model folder, it holds no config.json")
-        _check_weight_files(name_or_path)
-    with _one_line_errors(name_or_path):
-        model_type = AutoConfig.from_pretrained(name_or_path).model_type
-        if model_type != "qwen2_audio":
-            raise ValueError(f"its config.json says {model_type}")
-
-
-def _check_weight_files(folder: str) -> None:
-    """Raise InputError unless a model folder has all of its weights, as safetensors."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.isfile(index):
-        try:
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-            missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index}: cannot be used ({type(error).__name__}: {error}); copy it again") from None
-        if missing:
-            raise InputError(
-                f"{folder}: {len(missing)} of {len(names)} weight files are missing, {missing[0]}; copy it again"
-            )
-    elif not os.path.isfile(os.path.join(folder, "model.safetensors")):
-        pickled = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        if pickled:
-            what = f"only {pickled[0]}, a pickle, which could run code when it is opened; convert it to safetensors"
-            raise InputError(f"{folder}: holds no model.safetensors, {what}")
-        raise InputError(f"{folder}: holds no model.safetensors; is this the folder of a checkpoint?")
-
-
-def check_context(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int) -> None:
-    """Raise InputError if a prompt and a completion together can be longer than the model's context. Loads no weights.
-
-    Where the text's bytes already fit, its tokens, which are fewer, are not counted.
-    """
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
-    with _one_line_errors(name_or_path):
-        context = AutoConfig.from_pretrained(base).get_text_config().max_position_embeddings
-    if max_new_tokens >= context:
-        raise InputError(
-            f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"
-        )
-    others = 30 * 25 + 64  # at most, of audio and of chat markup
-    long = [q for q in questions if len(build_prompt(q, template).encode()) + others + max_new_tokens > context]
-    if not long:
-        return
-    with _one_line_errors(name_or_path):
-        processor = AutoProcessor.from_pretrained(name_or_path)
-    problems = []
-    for question in long:
-        text = processor.tokenizer(chat_text(processor, question, template))["input_ids"]
-        heard = min(audio_seconds(question.audio), processor.feature_extractor.chunk_length)
-        tokens = len(text) + int(heard * 25) + max_new_tokens
-        if tokens > context:
-            problems.append(
-                f"{question.place or question.id}: {tokens} tokens, --max_new_tokens {max_new_tokens} among them, are "
-                f"more than the model's context of {context}; shorten or remove this question"
-            )
-    if problems:
-        raise InputError(report(problems, f"{len(problems)} questions are too long" if problems[1:] else ""))
 
 
 def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
@@ -126,12 +46,12 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     check_model(name_or_path)
     if is_adapter(name_or_path):
         model, _ = load_policy(adapter_base(name_or_path), dtype, torch.device("cpu"))  # merged alike everywhere
-        with _one_line_errors(name_or_path, "a LoRA adapter"):
-            processor = AutoProcessor.from_pretrained(name_or_path)
+        with loading_errors(name_or_path, "a LoRA adapter"):
+            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
             merge_adapter(model, name_or_path)
     else:
-        with _one_line_errors(name_or_path):
-            processor = AutoProcessor.from_pretrained(name_or_path)
+        with loading_errors(name_or_path):
+            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
             with _no_warnings():  # what does not fit, transformers says in a table, and load_policy in a line
                 model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
                     name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True
@@ -141,15 +61,6 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     processor.tokenizer.padding_side = "left"
     model.model.audio_tower.embed_positions.requires_grad_(False)  # fixed by design; loading forgets it
     return model.to(device).eval(), processor
-
-
-@contextmanager
-def _one_line_errors(name_or_path: str, what: str = "a Qwen2-Audio model"):
-    try:
-        yield
-    except Exception as error:  # transformers, safetensors and tokenizers raise all kinds for files they can't use
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name_or_path}: cannot be loaded as {what} ({reason})") from None
 
 
 @contextmanager
@@ -178,13 +89,6 @@ class BadClip(InputError):
         self.question, self.fault = question, fault
 
 
-def chat_text(processor, question: Question, template: str) -> str:
-    """A question's prompt with the chat markup around it and a mark where its clip goes."""
-    text = {"type": "text", "text": build_prompt(question, template)}
-    messages = [{"role": "user", "content": [{"type": "audio", "audio_url": question.audio}, text]}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
 def encode_prompts(processor, questions: list[Question], template: str, silence: bool = False) -> Prompt:
     """Questions with their clips as left-padded model inputs on the CPU.
 
@@ -194,7 +98,9 @@ def encode_prompts(processor, questions: list[Question], template: str, silence:
     """
     texts, clips = [], []
     for question in questions:
-        texts.append(chat_text(processor, question, template))
+        text = {"type": "text", "text": build_prompt(question, template)}
+        messages = [{"role": "user", "content": [{"type": "audio", "audio_url": question.audio}, text]}]
+        texts.append(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         try:
             clip = load_audio(question.audio)
         except InputError as error:

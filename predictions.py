@@ -9,8 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from checkpoint import check_folder, write_text
 from data import InputError
+from files import check_folder, write_text
 from lora import adapter_base, is_adapter
 from reward import prediction
 from scores import majority_vote
@@ -67,9 +67,10 @@ def is_done(out: str, settings: dict) -> bool:
 
 def _saved_settings(out: str) -> dict:
     try:
-        return json.loads(Path(out + ".settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        saved = json.loads(Path(out + ".settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return saved if isinstance(saved, dict) else {}
 
 
 def check_writable(paths: list[str]) -> None:

@@ -24,11 +24,10 @@ from pathlib import Path
 import torch
 
 import toy
-from checkpoint import UNFINISHED, remove, step_folders, write_text
 from data import InputError, digest, load_questions
+from files import UNFINISHED, remove, step_folders, write_text
 from flags import Parser
-from policy import check_model
-from preflight import CACHE, load_checked
+from preflight import CACHE, check_model, load_checked
 from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
 from reproduce_rows import (

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from bench_speed import count_flops, matmul_rate
-from checkpoint import checkpoint_bytes, free_bytes, state_bytes
+from checkpoint import checkpoint_bytes, state_bytes
 from data import InputError
+from files import free_bytes
 from lora import adapter_base, add_lora, is_adapter
 from policy import pick_dtype
 from reproduce_rows import LORA_RANK, ROWS, Row, is_own, is_trained, read_record, row_folder
@@ -107,7 +108,7 @@ def base_config(model: str) -> Qwen2AudioConfig:
     """The configuration of a model or of an adapter's base."""
     while is_adapter(model):
         model = adapter_base(model)
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
 # ---- disk ----

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from statistics import mean, stdev
 
-from checkpoint import UNFINISHED, write_text
 from data import Question
 from eval_report import TASKS, escape_markdown
+from files import UNFINISHED, write_text
 from reproduce_rows import ROWS, jobs, predictions_file
 from reward import guessing
 from scores import Score, accuracy_by, discordant, in_order, is_right, mcnemar_exact, p_text, read_predictions

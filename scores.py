@@ -6,6 +6,7 @@ it is computed again from the predictions file. A question whose answer is withh
 
 import math
 import os
+import re
 from collections import Counter, namedtuple
 
 from data import InputError, Question, parse_record, read_records
@@ -89,7 +90,7 @@ def require_same_questions(path_a: str, a: list[Question], path_b: str, b: list[
             if in_a != in_b:
                 raise InputError(
                     f"{path_a} and {path_b} hold different questions: number {number} has the {what} {in_a!r} "
-                    f"(id {one.id}) in the first and {in_b!r} (id {other.id}) in the second"
+                    f"(id {visible(one.id)}) in the first and {in_b!r} (id {visible(other.id)}) in the second"
                 )
     if len(a) != len(b):
         raise InputError(f"{path_a} holds {len(a)} questions and {path_b} {len(b)}; only the same can be compared")
@@ -241,12 +242,21 @@ def p_text(p: float) -> str:
 
 
 def align(rows: list[tuple], right=()) -> str:
-    """Rows of texts as lines with columns of even width; the columns in `right` are right-aligned."""
+    """Rows of texts as lines with columns of even width; the columns in `right` are right-aligned.
+
+    A row is one line whatever its texts hold: they may come from anybody's question file.
+    """
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[c]) for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
     return "\n".join(
         "  ".join(cell.rjust(widths[c]) if c in right else cell.ljust(widths[c]) for c, cell in enumerate(row)).rstrip()
         for row in rows
     )
+
+
+def visible(text: str) -> str:
+    """Text with control characters, line ends and halves of surrogate pairs spelled out: a terminal can't obey them."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def _one_line(text: str) -> str:

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from checkpoint import check_folder, save_checkpoint
+from checkpoint import save_checkpoint
 from data import (
     AUDIO_TOKEN,
     TEMPLATES,
@@ -39,6 +39,7 @@ from data import (
     load_questions,
     target_text,
 )
+from files import check_folder
 from flags import Parser
 from policy import completion_logprobs, encode_prompts, encode_targets
 from preflight import load_checked

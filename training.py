@@ -20,26 +20,17 @@ from tqdm import tqdm
 
 import toy
 from answering import heldout_table, score_greedily
-from checkpoint import (
-    append_jsonl,
-    check_folder,
-    find_state,
-    load_state,
-    note_bad_clips,
-    open_run,
-    save_run,
-    what_is_saved,
-)
+from checkpoint import find_state, load_state, note_bad_clips, open_run, save_run
 from data import SHOWN, TEMPLATES, InputError, Question, digest, step_indices
+from files import check_folder, what_is_saved
 from flags import Parser
 from lora import add_lora
+from metrics import append_jsonl
 from optimizer import ShardedAdamW
 from policy import (
     DTYPES,
     BadClip,
     Prompt,
-    check_context,
-    check_model,
     encode_ahead,
     encode_prompts,
     freeze_audio_tower,
@@ -47,7 +38,7 @@ from policy import (
     pick_dtype,
     to_device,
 )
-from preflight import CACHE, Checked, load_checked
+from preflight import CACHE, Checked, check_context, check_model, load_checked
 from runtime import (
     Clock,
     SharedInputError,

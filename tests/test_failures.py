@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from forked import Forker
 
 import toy
-from checkpoint import step_folders
 from data import load_questions
-from forked import Forker
+from files import step_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,

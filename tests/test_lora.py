@@ -18,7 +18,7 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 import eval_mmau
 import lora
-import policy
+import preflight
 import predictions
 from checkpoint import (
     REMEMBERED,
@@ -224,7 +224,7 @@ def test_an_adapter_folder_is_pefts(home, tiny, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_loads_merged(home, tiny, dtype):
     """Each weight is the float32 sum, rounded once; all are there to be trained, as those of any model."""
-    policy.check_model(str(home / "adapter"))
+    preflight.check_model(str(home / "adapter"))
     loaded, processor = load_policy(str(home / "adapter"), dtype, CPU)
     plain, model = adapted(tiny, torch.float32)
     expected = plain.to(dtype).state_dict()
@@ -277,7 +277,7 @@ BAD_ADAPTERS = {  # how it is damaged, and what is said of it
         "names this very folder",
     ),
     "more than LoRA": (config_with(modules_to_save=["lm_head"]), "holds more than LoRA, whole modules .'lm_head'.;"),
-    "another kind": (config_with(peft_type="LOHA"), "not a LoRA adapter, its adapter_config.json says LOHA"),
+    "another kind": (config_with(peft_type="LOHA"), "not a LoRA adapter, its adapter_config.json says 'LOHA'"),
     "broken config": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be used .JSONDecodeE"),
     "list as config": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "cannot be used .TypeError"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors$"),
@@ -303,7 +303,7 @@ def test_what_is_no_adapter_of_its_base_is_one_line(home, tmp_path, damage):
     change, message = (BAD_ADAPTERS | BAD_WEIGHTS)[damage]
     change(folder)
     loads = [lambda: load_policy(str(folder), torch.float32, CPU)]
-    for load in [*loads, lambda: policy.check_model(str(folder))] if damage in BAD_ADAPTERS else loads:
+    for load in [*loads, lambda: preflight.check_model(str(folder))] if damage in BAD_ADAPTERS else loads:
         with pytest.raises(InputError, match=message) as error:
             load()
         assert re.fullmatch(rf"{re.escape(str(folder))}: .{{1,500}}", str(error.value))

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 import policy
+import preflight
 import toy
 from answering import answer_questions
 from checkpoint import save_checkpoint
@@ -386,12 +387,12 @@ BAD_FILES = {
 def test_what_cannot_be_loaded_is_an_input_error(saved, tmp_path, damage):
     """In one line that names the folder; check_model needs no weights to tell what is wrong with a config."""
     folder = str(shutil.copytree(saved, tmp_path / "model"))
-    policy.check_model(folder)
+    preflight.check_model(folder)
     (BAD_CONFIGS | BAD_FILES)[damage](tmp_path / "model")
     one_line = rf"\A{re.escape(folder)}: .{{1,400}}\Z"
     if damage in BAD_CONFIGS:
         with pytest.raises(InputError, match=one_line):
-            policy.check_model(folder)
+            preflight.check_model(folder)
     with pytest.raises(InputError, match=one_line):
         load_policy(folder, torch.float32, CPU)
 

@@ -24,18 +24,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 import checkpoint
-from checkpoint import (
-    cut_jsonl,
-    find_state,
-    load_state,
-    open_run,
-    remove,
-    save_checkpoint,
-    save_run,
-    save_state,
-    step_folders,
-)
+from checkpoint import find_state, load_state, open_run, save_checkpoint, save_run, save_state
 from data import InputError, step_indices
+from files import remove, step_folders
+from metrics import cut_jsonl
 from optimizer import ShardedAdamW
 from policy import load_policy
 

@@ -1,0 +1,118 @@
+"""Files and folders that are complete or not there, the room on their disk, and what is said when writing them fails.
+
+They are written under a name that ends in ".unfinished" and renamed when complete. What a killed process leaves under
+such a name is ignored, and removed when the run continues.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from data import InputError
+
+UNFINISHED = ".unfinished"
+
+# ---- complete or not there ----
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The complete step_000100/, step_000200/, ... in a folder, by step."""
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, which looks incomplete from the first moment on."""
+    if not path.name.endswith(UNFINISHED):
+        path = path.rename(path.with_name(f"{path.name}.removed{UNFINISHED}"))
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def begin_folder(folder: Path) -> Path:
+    """A new empty folder for the files of `folder`, until finish_folder gives it its name."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    if unfinished.exists():
+        remove(unfinished)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def finish_folder(folder: Path) -> None:
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    for path in [*unfinished.rglob("*"), unfinished]:
+        sync(path)
+    if folder.exists():
+        remove(folder)
+    unfinished.rename(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk before it counts as complete: a machine may lose power, too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is either complete or as it was before, in a folder that is made if it is missing."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths that are not UTF-8
+    sync(unfinished)
+    unfinished.replace(path)
+
+
+# ---- the disk ----
+
+
+def free_bytes(out: Path) -> int:
+    """The bytes that are free on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(out)).free
+
+
+def check_folder(folder: Path, out: Path | None = None) -> None:
+    """Raise InputError if files could not be written to a folder, which need not exist yet and is not made. The message
+    names `out`, what is to be written there, or else the folder."""
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out or folder}: cannot be written ({error.strerror}); name another place with --out"
+        ) from None
+
+
+def _existing(folder: Path) -> Path:
+    """A folder, or else the nearest above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def what_is_saved(out: Path) -> str:
+    """For messages: the run's newest checkpoint, and where --resume would go on."""
+    checkpoints, states = step_folders(out), step_folders(out / "resume")
+    last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+    return f"{last}, and --resume continues after step {step_of(states[-1])}" if states else last
+
+
+@contextmanager
+def writing(path: Path, out: Path):
+    """Inside `with`, what fails to be written to `path` in the run folder `out` ends in an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{path}: could not be written ({reason}), with {free_bytes(out) / 1e9:.2f} GB free; {what_is_saved(out)}; "
+            "see to the disk, then continue with --resume"
+        ) from None
