@@ -1,0 +1,140 @@
+"""Nothing is trusted: no file that was downloaded can run code, by being opened or by being shown."""
+
+import ast
+import html.parser
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_state
+from data import InputError, Question
+from eval_report import write_html
+from files import check_folder, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loads", "marshal.loads", "joblib.load",
+             "numpy.load", "np.load", "yaml.load", "tempfile.mktemp"}  # fmt: skip
+
+
+def distrusted(source: str) -> list[str]:
+    """The calls in a source that could run what a file says."""
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        name, flags = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+        loads_weights = name.endswith(".from_pretrained")
+        if (
+            name in FORBIDDEN
+            or (name == "torch.load" and flags.get("weights_only") != "True")
+            or flags.get("shell", "False") != "False"
+            or flags.get("trust_remote_code", "False") != "False"
+            or (loads_weights and "ForConditionalGeneration" in name and flags.get("use_safetensors") != "True")
+            or (loads_weights and name.startswith("Auto") and "trust_remote_code" not in flags)
+        ):
+            found.append(ast.unparse(call))
+    return found
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_no_script_runs_what_a_file_says(script):
+    assert distrusted((ROOT / script).read_text()) == []
+
+
+BAD_CALLS = ["torch.load(x)", "torch.load(x, weights_only=False)", "pickle.load(x)", "eval(x)", "os.system(x)",
+             "subprocess.run(x, shell=True)", "AutoConfig.from_pretrained(x)",
+             "AutoProcessor.from_pretrained(x, trust_remote_code=True)",
+             "Qwen2AudioForConditionalGeneration.from_pretrained(x)"]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", BAD_CALLS)
+def test_such_calls_would_be_found(call):
+    assert len(distrusted(f"def f(x):\n    return [{call}]")) == 1
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_resume_state_that_would_run_code_is_refused_and_does_not(one_process, tmp_path):
+    state, trace = tmp_path / "step_000001", tmp_path / "it ran"
+    state.mkdir()
+    (state / "progress.json").write_text(json.dumps({"step": 1, "position": 1, "before": None, "world_size": 1}))
+    torch.save({"optimizer": Bomb(str(trace))}, state / "rank_0.pt")
+    with pytest.raises(InputError, match="cannot be resumed from") as error:
+        load_state(state, None, None)
+    assert not trace.exists() and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)  # torch's own words advise to trust it
+    torch.load(state / "rank_0.pt", weights_only=False)
+    assert trace.exists()  # so it would have run
+
+
+# ---- what is shown ----
+
+MARKUP = ['"><script>alert(1)</script>', "</script><img src=x onerror=alert(1)>", "<!-- ", "'onmouseover='alert(1)", "]]>",
+          "javascript:alert(1)", "&lt;b&gt;", "</pre></article><h1>"]  # fmt: skip
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements and attributes of a page, and where its addresses lead."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.addresses, self.texts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *sorted(name for name, _ in attributes)))
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def page(folder, text):
+    """A page in which every field says `text`."""
+    choices = [text, f"{text} too"]
+    question = Question(text, f"clips/{text}.wav", text, choices, text, task=text, difficulty=text, sub_category=text)
+    records = [
+        {"model_prediction": text, "completion": text, "error": text},
+        {"model_prediction": text, "completion": text, "samples": [text, text]},
+    ]
+    write_html(str(folder / "page.html"), [question, question], records, text)
+    return (folder / "page.html").read_text()
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_the_page_shows_markup_and_does_not_obey_it(tmp_path, text):
+    """Its elements and attributes are those of a page of plain words, its clips lie where they lay."""
+    plain, marked = Elements(page(tmp_path, "words")), Elements(page(tmp_path, text))
+    assert marked.found == plain.found
+    assert any(text in shown for shown in marked.texts)
+    assert not any(address.strip().lower().startswith(("javascript:", "http", "//", "data:")) for address in marked.addresses)
+
+
+# ---- what is written ----
+
+
+def test_files_are_as_private_as_the_user_wishes(tmp_path, monkeypatch):
+    """Those in the run folder follow the umask; a file that only tries whether one can be written has no name at all."""
+    before = os.umask(0o077)
+    try:
+        write_text(tmp_path / "config.json", "{}")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "config.json").stat().st_mode) == 0o600
+    check_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_nothing_is_written_to_a_folder_that_all_users_share():
+    """No script names /tmp, or makes a named temporary file."""
+    for path in ROOT.glob("*.py"):
+        source = path.read_text()
+        assert '"/tmp' not in source and "NamedTemporaryFile" not in source and "mkdtemp" not in source, path.name
