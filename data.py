@@ -360,11 +360,11 @@ def file_fault(path: str) -> str | None:
 def _mp3_bytes(start: bytes) -> int:
     """The size that an MP3 file says it has, in a frame named Xing or Info; 0 if it does not say."""
     place = max(start.find(b"Xing"), start.find(b"Info"))
-    if place < 0 or start[:3] != b"ID3" and start[0] != 0xFF:
+    if place < 0 or not start.startswith((b"ID3", b"\xff")):
         return 0
-    has_frames, has_bytes = start[place + 7] & 1, start[place + 7] & 2
-    field = place + 8 + 4 * has_frames
-    return int.from_bytes(start[field : field + 4], "big") if has_bytes else 0
+    flags = int.from_bytes(start[place + 4 : place + 8], "big")  # bit 0: the number of frames is next; bit 1: of bytes
+    field = place + 8 + 4 * (flags & 1)
+    return int.from_bytes(start[field : field + 4], "big") if flags & 2 else 0
 
 
 def _header_fault(file: soundfile.SoundFile) -> str | None:

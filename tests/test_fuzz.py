@@ -198,6 +198,7 @@ def check_clip(folder, suffix, content: bytes):
 
 @few
 @given(st.sampled_from([".wav", ".flac", ".ogg", ".mp3", ".raw", ".aiff", ""]), st.binary(max_size=3000))
+@example(".mp3", b"\xff\xfb\x90Info")  # ends where a size would be
 def test_any_bytes_as_a_clip(folder, suffix, content):
     check_clip(folder, suffix, content)
 

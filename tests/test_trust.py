@@ -115,7 +115,9 @@ def test_the_page_shows_markup_and_does_not_obey_it(tmp_path, text):
     plain, marked = Elements(page(tmp_path, "words")), Elements(page(tmp_path, text))
     assert marked.found == plain.found
     assert any(text in shown for shown in marked.texts)
-    assert not any(address.strip().lower().startswith(("javascript:", "http", "//", "data:")) for address in marked.addresses)
+    assert not any(
+        address.strip().lower().startswith(("javascript:", "http", "//", "data:")) for address in marked.addresses
+    )
 
 
 # ---- what is written ----
