@@ -94,6 +94,14 @@ def read_records(path: str) -> list[tuple[str, dict]]:
 
     Raises InputError, for all lines that are not JSON objects together.
     """
+    placed, problems = _find_records(path)
+    if problems:
+        raise InputError(report(problems))
+    return placed
+
+
+def _find_records(path: str) -> tuple[list[tuple[str, dict]], list[str]]:
+    """What read_records returns, and what is wrong with the other lines. Raises InputError if no line is right."""
     text = _read_text(path)
     placed, problems = [], []
     if text.lstrip().startswith("["):
@@ -118,11 +126,9 @@ def read_records(path: str) -> list[tuple[str, dict]]:
     for place, record in placed:
         if not isinstance(record, dict):
             problems.append(f"{place}: expected a JSON object, found {type(record).__name__}")
-    if problems:
-        raise InputError(report(problems))
-    if not placed:
+    if not placed and not problems:
         raise InputError(f"{path}: holds no questions")
-    return placed
+    return [(place, record) for place, record in placed if isinstance(record, dict)], problems
 
 
 def _read_text(path: str) -> str:
@@ -159,12 +165,29 @@ def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
 
     Relative audio paths are relative to `audio_dir`, or else to the question file's folder. No audio is looked at.
     """
-    return parse_records(read_records(path), audio_dir or os.path.dirname(path))
+    questions, problems = find_questions(path, audio_dir)
+    if problems:
+        raise InputError(report(problems))
+    return questions
+
+
+def find_questions(path: str, audio_dir: str | None = None) -> tuple[list[Question], list[str]]:
+    """The questions of a file, and what is wrong with its other records. Raises InputError if it has no records."""
+    placed, problems = _find_records(path)
+    questions, more = _parse(placed, audio_dir or os.path.dirname(path))
+    return questions, problems + more
 
 
 def parse_records(placed: list[tuple[str, dict]], folder: str) -> list[Question]:
     """The questions of read_records' records, with audio paths that are relative to `folder`. Raises InputError, for
     all malformed records together."""
+    questions, problems = _parse(placed, folder)
+    if problems:
+        raise InputError(report(problems))
+    return questions
+
+
+def _parse(placed: list[tuple[str, dict]], folder: str) -> tuple[list[Question], list[str]]:
     questions, problems, odd, places = [], [], [], {}
     for place, record in placed:
         try:
@@ -175,20 +198,19 @@ def parse_records(placed: list[tuple[str, dict]], folder: str) -> list[Question]
         first = places.setdefault(question.id, place)
         if first != place:
             problems.append(f"{place}: has the id {_shown(question.id)}, as {first} has; ids must differ")
+            continue
         if question.answer is not None and question.answer not in question.choices:
             if "audio_id" in record:
                 odd.append(place)  # MMAU's own rule does not need it there; a published benchmark is scored as it is
             else:
                 answer, choices = _shown(question.answer), _shown(question.choices)
                 problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
+                continue
         questions.append(question)
-    if problems:
-        heading = f"{len(problems)} problems in the {len(placed)} records of the question file" if problems[1:] else ""
-        raise InputError(report(problems, heading))
     if odd:
         note = f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)"
         print(note, file=sys.stderr)
-    return questions
+    return questions, problems
 
 
 def _almost(question: Question) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from data import InputError, Question, audio_seconds, build_prompt, load_audio, load_questions, report
+from data import InputError, Question, audio_seconds, build_prompt, find_questions, load_audio, report
 from files import write_text
 from lora import adapter_base, is_adapter
 
@@ -37,21 +37,22 @@ class Checked:
 def load_checked(
     path: str, audio_dir: str | None, skip_bad_audio: bool, cache: Path | None = None, decode: bool = False
 ) -> Checked:
-    """load_questions, of which every one must have an answer and a usable clip. Raises InputError for all others.
+    """The questions of a file, of which every one must have an answer and a usable clip. Raises InputError, for all
+    that is wrong with the file and the clips together.
 
     With `skip_bad_audio`, questions without a usable clip are left out. A clip is judged by its header, and known by
     path, size and time in the file `cache` from then on; with `decode`, by all of its samples.
     """
-    questions = load_questions(path, audio_dir)
-    withheld = [f"{question.place}: has no answer; give it, or take this question out" for question in questions
-                if question.answer is None]  # fmt: skip
-    if withheld:
-        heading = f"{path}: {len(withheld)} of {len(questions)} questions have no answer" if withheld[1:] else ""
-        raise InputError(report(withheld, heading))
+    questions, problems = find_questions(path, audio_dir)
+    problems += [f"{question.place}: has no answer; give it, or take this question out" for question in questions
+                 if question.answer is None]  # fmt: skip
     paths = list(dict.fromkeys(question.audio for question in questions))
     faults = decode_clips(paths) if decode else check_headers(paths, cache)
     skipped = {question.place: faults[question.audio] for question in questions if question.audio in faults}
     usable = [question for question in questions if question.audio not in faults]
+    if problems:
+        problems += [] if skip_bad_audio else [f"{place}: {fault}" for place, fault in skipped.items()]
+        raise InputError(report(problems))
     if skipped and not (skip_bad_audio and usable):
         raise InputError(bad_audio_report(skipped, len(questions), SKIP))
     if skipped:
@@ -156,6 +157,8 @@ def check_model(name_or_path: str) -> None:
             if os.path.isabs(base) and not os.path.exists(base):
                 raise InputError("it is not there")
             check_model(base)
+        except RecursionError:
+            raise InputError(f"{name_or_path}: this adapter's bases are adapters of each other; name a model") from None
         except InputError as error:
             raise InputError(
                 f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "

@@ -56,11 +56,20 @@ def test_nothing_is_left_to_go_on_with(folder):
         load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True)
 
 
-def test_withheld_answers_are_reported_together(folder):
-    record = {"audio": "0.wav", "question": "What?", "choices": ["x", "y"]}
-    (folder / "q.jsonl").write_text("\n".join([json.dumps(record)] * 3))
-    with pytest.raises(InputError, match="3 of 3 questions have no answer\n.*line 1: .*\n.*line 2"):
-        load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True)
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_wrong_with_the_file_and_with_the_clips_is_reported_together(folder, skip):
+    """Skipping is for clips alone: what is wrong with a record still stops."""
+    good = {"audio": "0.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
+    records = [good, good | {"answer": None}, good | {"answer": "z"}, good | {"audio": "9.wav"}, [], good]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{")
+    with pytest.raises(InputError) as error:
+        load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=skip)
+    first, *lines = str(error.value).split("\n")
+    assert first == f"{5 - skip} problems"
+    said = {line.split("line ")[1][0]: line.split(": ", 1)[1] for line in lines}
+    expected = {"7": "not valid JSON", "5": "expected a JSON object", "3": "answer 'z'", "2": "has no answer"}
+    expected |= {} if skip else {"4": str(folder / "9.wav")}
+    assert said.keys() == expected.keys() and all(said[i].startswith(text) for i, text in expected.items())
 
 
 def test_good_clips_are_opened_once(folder, monkeypatch):
