@@ -14,8 +14,10 @@ import soundfile
 from forked import Forker
 
 import toy
-from data import load_questions
+from data import InputError, Question, load_questions
 from files import step_folders
+from policy import BadClip
+from training import replace_bad
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
@@ -212,6 +214,13 @@ def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, w
     assert metrics(home / out) == undisturbed
 
 
+def test_an_error_of_the_machine_is_one_line(home, run):
+    """Such as a disk that fails to be read."""
+    done = run("unreadable", fault="at(3, training, 'to_device', fail(OSError(5, 'Input/output error', 'x.wav')))")
+    assert done.returncode == 1 and errors(done) == ["grpo_aqa.py: error: [Errno 5] Input/output error: 'x.wav'"]
+    assert "Traceback" not in done.stderr
+
+
 # ---- numbers, memory ----
 
 
@@ -262,6 +271,20 @@ def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monk
 
 
 # ---- bad clips, met in the middle ----
+
+
+def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
+    """After the last comes the first; which one it is does not depend on what else is known to be bad."""
+    questions = [Question(str(i), f"{i}.wav", "What?", ["x", "y"], "x", place=f"line {i}") for i in range(5)]
+    q, known = questions, {}
+    assert replace_bad(q, known, [q[0], q[3]], BadClip(q[3], "is silent")) == [q[0], q[4]]
+    assert replace_bad(q, known, [q[0], q[4]], BadClip(q[4], "is silent")) == [q[0], q[0]]
+    assert replace_bad(q, known, [q[1], q[3]], BadClip(q[3], "is silent")) == [q[1], q[0]]
+    assert known == {"line 3": "is silent", "line 4": "is silent"}
+    for i in (0, 1):
+        replace_bad(q, known, [q[i]], BadClip(q[i], "is silent"))
+    with pytest.raises(InputError, match="no question has a usable clip"):
+        replace_bad(q, known, [q[2]], BadClip(q[2], "is silent"))
 
 
 def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):

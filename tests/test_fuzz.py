@@ -24,7 +24,7 @@ from predictions import is_done
 from reward import accuracy_reward, extract_answer, format_reward, mmau_match, prediction
 from scores import compare, majority_vote, read_predictions
 
-fuzz = settings(max_examples=300, derandomize=True, deadline=None, database=None,
+fuzz = settings(max_examples=150, derandomize=True, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))  # fmt: skip
 few = settings(fuzz, max_examples=60)
 
@@ -289,7 +289,7 @@ def test_any_journal(folder, lines):
 METRIC = st.fixed_dictionaries({"step": JSON | st.integers(1, 9)}, optional={"reward": JSON, "loss": JSON, "kl": JSON})
 
 
-@settings(few, max_examples=20)  # pictures take their time
+@settings(few, max_examples=15)  # pictures take their time
 @given(lines=st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line) | METRIC, max_size=5))
 @example(lines=[{"step": 1, "loss": None}, {"step": 2, "loss": "high"}, {"step": 3, "loss": 10**400}])
 @example(lines=[{"step": 1}])

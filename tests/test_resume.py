@@ -615,8 +615,11 @@ def test_remains_of_a_save_make_room_before_the_disk_is_checked(saved, tiny, mon
         return SimpleNamespace(free=10**12 if os.listdir(out / "resume") == ["step_000002"] else 0)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    met = {"bad_clips_met": {"q.jsonl, line 2": "is silent"}}
+    (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | met))
     open_run(out, config, state, tiny[0])
     assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will come again
+    assert json.loads((out / "config.json").read_text()) == config | met | {"version": checkpoint.VERSION}
 
 
 def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
