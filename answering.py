@@ -170,7 +170,8 @@ def _parse_line(line: bytes, num_questions: int, samples: int) -> dict[int, list
         record = json.loads(line.decode())
         i, completions = record["question"], record["completions"]
         known = type(i) is int and 0 <= i < num_questions
-        whole = len(completions) == samples and all(isinstance(text, str) for text in completions)
+        whole = isinstance(completions, list) and len(completions) == samples
+        whole = whole and all(isinstance(text, str) for text in completions)
         return {i: completions} if known and whole and _line(i, completions) == line.decode() else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

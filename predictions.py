@@ -89,14 +89,13 @@ def as_saved(settings: dict, predictions: bytes) -> dict:
 def write_predictions(out: str, records: list[dict], settings: dict) -> None:
     """Write a predictions file and its settings beside it, and remove its journal.
 
-    A file of that name and other settings is kept as .old.
+    A file of that name that is of other settings, or was changed since it was written, is kept as .old.
     """
-    before = {name: value for name, value in _saved_settings(out).items() if name != "sha256"}
-    if os.path.exists(out) and before != settings:
+    if os.path.exists(out) and not is_done(out, settings):
         for path in (out, out + ".settings.json"):
             if os.path.exists(path):
                 os.replace(path, path + ".old")
-        print(f"{out} was of other settings: it is now {out}.old")
+        print(f"{out} was of other settings, or changed since: it is now {out}.old")
     text = json.dumps(records, indent=2) + "\n"  # in ASCII: MMAU's script opens it in whatever encoding is the default
     write_text(Path(out), text)
     write_text(Path(out + ".settings.json"), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")

@@ -280,7 +280,7 @@ def test_any_journal(folder, lines):
     path.write_bytes(b"\n".join([json.dumps(HEADER, sort_keys=True).encode(), *texts, b""]))
     answers = answering.read_journal(str(path), HEADER, 3, 2)
     for i, completions in answers.items():
-        assert type(i) is int and 0 <= i < 3 and len(completions) == 2
+        assert type(i) is int and 0 <= i < 3 and type(completions) is list and len(completions) == 2
         assert {"question": i, "completions": completions} in lines
     answering.append_journal(str(path), {1: ["x", "y"]})
     assert answering.read_journal(str(path), HEADER, 3, 2) == answers | {1: ["x", "y"]}
