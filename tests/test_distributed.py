@@ -77,7 +77,7 @@ def one_process(questions, tmp_path_factory):
     return run(1, 1, torch.float32, questions, tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_processes_and_parts_do_not_change_the_result(questions, one_process, tmp_path, world_size, parts):
     ranks = run(world_size, parts, torch.float32, questions, tmp_path)
     start = toy.make_model(questions, seconds=2, seed=0)[0].state_dict()

@@ -116,6 +116,8 @@ FAULTS = {
         "if rank == 1: at(3, training, 'to_device', fail(training.InputError('clip 7 is bad')))",
         "error: clip 7 is bad",
     ),
+}
+MORE_FAULTS = {  # slow
     "a pass through the model, while the other rank waits for no one": (
         "at(3, grpo_aqa, 'sample_group', fail(ValueError('odd shapes')) if rank else lambda *args: time.sleep(300))",
         "error: rank 1: ValueError: odd shapes",
@@ -124,8 +126,6 @@ FAULTS = {
         f"if rank == 1: at(4, torch, 'save', fail({NO_SPACE}))",
         "rank_1.pt: could not be written ([Errno 28] No space left on device)",
     ),
-}
-MORE_FAULTS = {
     "the backward pass": (
         "if rank == 1: at(3, grpo_aqa, 'grpo_loss', fail(ValueError('odd shapes')))",
         "error: rank 1: ValueError: odd shapes",
@@ -166,9 +166,11 @@ WRITES = {
         "os.path.getsize('{out}/completions.jsonl') + 9",
         "completions.jsonl",
     ),
+    "a state": ("4, torch, 'save'", "100_000", "rank_0.pt"),
+}
+MORE_WRITES = {  # slow
     "a checkpoint": ("4, checkpoint, 'save_checkpoint'", "100_000", "step_000004"),
     "the curves": ("4, checkpoint, 'draw_curves'", "1_000", "curves.png"),
-    "a state": ("4, torch, 'save'", "100_000", "rank_0.pt"),
     "the progress within a state": ("4, checkpoint, 'write_text'", "10", "resume/step_000004"),
 }
 
@@ -196,10 +198,10 @@ def metrics(out):
     return [{k: v for k, v in record.items() if "seconds" not in k and "memory" not in k} for record in records]
 
 
-@pytest.mark.parametrize("what", WRITES)
+@pytest.mark.parametrize("what", [*WRITES, *(pytest.param(what, marks=pytest.mark.slow) for what in MORE_WRITES)])
 def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, what):
     """A limit on the size of files stands in for a full disk. The run continues when there is room again."""
-    place, size, named = WRITES[what]
+    place, size, named = (WRITES | MORE_WRITES)[what]
     out = what.replace(" ", "_")
     done = run(out, fault=f"limit({place}, lambda: {size.format(out=out)})")
     assert done.returncode == 1
