@@ -320,7 +320,7 @@ def _choices(record: dict, key: str, place: str) -> list[str]:
 def _find_avqa_audio(video_name: str, folder: str) -> str:
     """The audio of an AVQA video: VGGSound's own name (ID_000030) or that of the paper's authors (ID_30)."""
     stem, _, second = video_name.rpartition("_")
-    names = [video_name] + ([f"{stem}_{int(second)}"] if stem and re.fullmatch(r"[0-9]+", second) else [])
+    names = [video_name] + ([f"{stem}_{int(second)}"] if stem and re.fullmatch(r"[0-9]{1,9}", second) else [])
     paths = [os.path.join(folder, name + suffix) for name in names for suffix in (".wav", ".flac", ".ogg", ".mp3")]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 

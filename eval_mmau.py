@@ -137,9 +137,9 @@ def default_data(ckpt: str) -> str:
     for folder in (Path(ckpt).resolve(), Path(ckpt).resolve().parent):
         try:
             heldout = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("heldout")
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue  # not a run; whether it is a checkpoint, check_model will tell
-        if heldout and Path(heldout).parts[-2:] == ("world", "heldout.json"):  # as toy.py names them
+        if isinstance(heldout, str) and Path(heldout).parts[-2:] == ("world", "heldout.json"):  # as toy.py names them
             return heldout
     return MMAU
 

@@ -185,6 +185,7 @@ BAD = {
         [FILE, "line 1"],
     ),
     "a huge value": (changed(PLAIN, choices="x" * 100_000), None, [FILE, "line 1", "(100002 characters)"]),
+    "a video's second of 5,000 digits": (changed(AVQA, video_name="x_" + "9" * 5_000), None, ["no audio file"]),
     "audio_id leaves its folder": (
         changed(MMAU, audio_id="x/../../a.wav"),
         None,

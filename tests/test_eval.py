@@ -578,6 +578,9 @@ def test_default_data(tmp_path):
         for ckpt in (tmp_path / name, tmp_path / name / "step_000100"):
             expected = str(heldout) if name == "toy" else "data/MMAU/mmau-test-mini.json"
             assert eval_mmau.parse_args(["--ckpt", str(ckpt)]).data == expected
+    for damaged in ("[]", "7", '{"heldout": 7}', "[" * 100_000):
+        (tmp_path / "none" / "config.json").write_text(damaged)
+        assert eval_mmau.parse_args(["--ckpt", str(tmp_path / "none")]).data == "data/MMAU/mmau-test-mini.json"
     assert eval_mmau.parse_args(["--ckpt", "some/model", "--out", "x"]).data == "data/MMAU/mmau-test-mini.json"
 
 
