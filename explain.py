@@ -11,7 +11,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from checkpoint import write_text
-from data import InputError
 from explain_page import Colored, Table, Verbatim, num, to_html, to_text
 from explain_step import Step, Token, Update, completion_loss, take_step
 from runtime import SharedInputError, finish_together, launchers, setup_distributed
@@ -70,7 +69,7 @@ def _group(step: Step, args) -> list:
     )
     return [
         f"{args.group_size} completions, sampled at temperature {args.temperature:g}, and their rewards:",
-        Table(rows, left=(0, 1)),
+        Table(rows, left=(1,)),
         Verbatim(f"reward    = accuracy + format\n{formula}"),
         f"The group's mean reward is {num(mean)}, its deviation {num(deviation)}. {meaning}",
     ]
@@ -160,7 +159,7 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
         f"loss = mean over the {args.group_size} completions = {num(mean, 6)}. The training loop's own value, from "
         f"accumulate_gradients, is {num(update.stats['loss'], 6)}: the same, but for rounding."
     )
-    blocks = [f"The loss terms of a completion are added up and divided by {how}.", Table(rows), result]
+    blocks = [f"The loss terms of a completion are added up and divided by {how}.", Table(rows, left=()), result]
     if number == 1:
         blocks.append(
             "The value itself says little: while every ratio is 1, a loss term is minus the advantage, and the "
@@ -192,7 +191,7 @@ def _effect(step: Step, args) -> list:
         f"Of {len(better)} with a positive advantage, {sum(better)} became likelier; of {len(worse)} with a negative "
         f"one, {sum(worse)} became less likely."
     )
-    blocks = [what, Table(rows, left=(0, 1)), counts]
+    blocks = [what, Table(rows, left=(1,)), counts]
     if not all(better + worse):
         blocks.append("Completions share the weights, and often their first tokens: what raises one can raise others.")
     return blocks
@@ -209,7 +208,9 @@ def explain(args) -> int:
         if dist.get_world_size() > 1:
             raise SharedInputError("--explain is for a single process; start it without torchrun")
         if args.resume:
-            raise InputError("--explain starts from --model; to explain a step of a run, name one of its checkpoints")
+            raise SharedInputError(
+                "--explain starts from --model, which may be a checkpoint of a run; leave out --resume"
+            )
         run = prepare(args, "GRPO", launchers())
         policy, processor = load_policy_to_train(args, device)
         parts = tell(take_step(args, policy, processor, run.questions, device), args)
@@ -218,7 +219,7 @@ def explain(args) -> int:
             try:
                 write_text(Path(args.explain_html), to_html(parts, "One step of GRPO"))
             except (OSError, ValueError) as error:
-                raise InputError(f"--explain_html {args.explain_html}: cannot be written ({error})") from None
+                raise SharedInputError(f"--explain_html {args.explain_html}: cannot be written ({error})") from None
             print(f"\npage: {args.explain_html}")
 
     return finish_together("grpo_aqa.py", work)

@@ -125,7 +125,9 @@ def _colored_as_html(block: Colored) -> str:
         color = f"--with: var(--{'up' if advantage > 0 else 'down'}); --share: {70 * abs(advantage) / largest:.0f}%"
         spans = []
         for text, clipped, cells in tokens:
-            numbers = "".join(f"<dt>{_e(name)}</dt><dd>{_e(cell)}</dd>" for name, cell in zip(block.headings, cells))
+            numbers = "".join(
+                f"<div><dt>{_e(name)}</dt><dd>{_e(cell)}</dd></div>" for name, cell in zip(block.headings, cells)
+            )
             shown = _e(text).replace("\n", "↵\n")
             spans.append(
                 f'<span class="token{" clipped" * clipped}" tabindex="0">{shown}'
@@ -158,7 +160,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .15rem .7rem; text-align: right; white-space: nowrap; }
 .text { text-align: left; }
 th { font-weight: 600; color: var(--dim); font-size: .85rem; border-bottom: 1px solid var(--line); }
-td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; }
+td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: break-word; }
+td.text:first-child:not(:empty) { min-width: 8rem; }
 .legend span { padding: .1rem .4rem; border-radius: 3px; }
 .legend .up { background: color-mix(in srgb, var(--up) 70%, transparent); }
 .legend .down { background: color-mix(in srgb, var(--down) 70%, transparent); }
@@ -168,7 +171,8 @@ td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; }
 .advantage { width: 3.5rem; }
 .token { white-space: pre-wrap; padding: .1rem 0; border-radius: 2px; border-right: 1px solid var(--back);
   background: color-mix(in srgb, var(--with) var(--share), transparent); }
-.clipped { text-decoration: line-through; text-decoration-thickness: 2px; }
+.clipped { text-decoration: underline 2px; text-underline-offset: 3px;
+  background: color-mix(in srgb, var(--with, var(--line)) 15%, transparent); }
 .token:hover, .token:focus { outline: 2px solid var(--text); outline-offset: -1px; }
 .numbers { display: none; position: fixed; z-index: 1; left: 0; right: 0; bottom: 0; padding: .6rem 1rem .8rem;
   background: var(--panel); border-top: 2px solid var(--line); font: .9rem/1.4 system-ui, sans-serif; }
@@ -176,6 +180,7 @@ td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; }
 .token:hover > .numbers { z-index: 2; }
 .numbers b { font-weight: 600; }
 dl { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: .3rem 0 0; font-variant-numeric: tabular-nums; }
-dt, dd { margin: 0; }
-dt { color: var(--dim); margin-right: -1.1rem; }
+dl div { white-space: pre; }
+dt, dd { display: inline; margin: 0; }
+dt { color: var(--dim); margin-right: .5rem; }
 """
