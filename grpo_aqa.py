@@ -295,9 +295,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
     add("updates_per_rollout", 1, "optimizer steps on each rollout")
     add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
+    parser.add_argument("--explain", action="store_true", help="print one step with all its numbers; trains no further")
+    parser.add_argument("--explain_html", metavar="FILE", help="the same, also as a web page")
 
     return parse_settings(parser, argv, PAPER, TOY)
 
 
 if __name__ == "__main__":
-    sys.exit(run_training(parse_args(), "grpo_aqa.py", "GRPO", train))
+    args = parse_args()
+    if args.explain or args.explain_html:
+        from explain import explain  # here, because it imports the algorithm from this file
+
+        sys.exit(explain(args))
+    sys.exit(run_training(args, "grpo_aqa.py", "GRPO", train))

@@ -1,0 +1,186 @@
+"""The story of explain.py as text for a terminal and as one web page.
+
+A story is a list of parts, each a title and blocks: paragraphs (str), Verbatim, Table and Colored.
+"""
+
+import html
+import textwrap
+from dataclasses import dataclass
+
+from scores import align
+
+WIDTH = 110  # characters of a printed line of prose
+CELL = 60  # characters of a printed cell
+ROWS = 30  # of a table of tokens that are printed; the page shows all
+
+
+@dataclass
+class Verbatim:
+    text: str
+
+
+@dataclass
+class Table:
+    """Rows of texts, the headings first."""
+
+    rows: list[tuple[str, ...]]
+    left: tuple[int, ...] = (0,)  # columns that hold text; the others hold numbers
+    cut: bool = False  # to ROWS where it is printed
+
+
+@dataclass
+class Colored:
+    """For the page alone: the tokens of all completions, colored by advantage, each with its row of a table."""
+
+    headings: tuple[str, ...]
+    completions: list[list[tuple[str, bool, tuple[str, ...]]]]  # of each token: its text, whether clipped, its row
+    advantages: list[float]
+
+
+def num(value: float, digits: int = 4, signed: bool = False) -> str:
+    """A number to so many decimals, without the sign of a zero."""
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text if float(text) else f"{0:.{digits}f}"
+
+
+# ---- text ----
+
+
+def to_text(parts: list[tuple[str, list]]) -> str:
+    lines = []
+    for title, blocks in parts:
+        lines += ["", title, "-" * len(title), ""]
+        for block in blocks:
+            if isinstance(block, Colored):
+                continue
+            if isinstance(block, str):
+                text = textwrap.fill(block, WIDTH)
+            elif isinstance(block, Verbatim):
+                wrapped = (textwrap.fill(line, WIDTH) for line in block.text.split("\n"))
+                text = textwrap.indent("\n".join(wrapped), "    ")
+            else:
+                text = _table_as_text(block)
+            lines += [text, ""]
+    return "\n".join(lines).strip("\n")
+
+
+def _table_as_text(table: Table) -> str:
+    rows = [tuple(cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in row) for row in table.rows]
+    note = ""
+    if table.cut and len(rows) > ROWS + 1:
+        left_out = len(rows) - 1 - ROWS
+        rows = [*rows[: ROWS - 9], ("...",), *rows[-10:]]
+        note = f"\n({left_out} tokens are left out here; --explain_html FILE shows all)"
+    return align(rows, right=[c for c in range(len(rows[0])) if c not in table.left]) + note
+
+
+# ---- page ----
+
+
+def to_html(parts: list[tuple[str, list]], title: str) -> str:
+    """The story as one page without scripts, which needs nothing from outside."""
+    sections = "".join(
+        f"<section>\n<h2>{_e(heading)}</h2>\n{''.join(map(_block_as_html, blocks))}</section>\n"
+        for heading, blocks in parts
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_e(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{_e(title)}</h1>
+{sections}</body>
+</html>
+"""
+
+
+def _e(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _block_as_html(block) -> str:
+    if isinstance(block, str):
+        return f"<p>{_e(block)}</p>\n"
+    if isinstance(block, Verbatim):
+        return f"<pre>\n{_e(block.text)}</pre>\n"
+    if isinstance(block, Colored):
+        return _colored_as_html(block)
+    lines = []
+    for row in block.rows:
+        kind = "td" if lines else "th"
+        cells = (f"<{kind}{' class=text' * (c in block.left)}>{_e(cell)}</{kind}>" for c, cell in enumerate(row))
+        lines.append(f"<tr>{''.join(cells)}</tr>\n")
+    return f'<div class="wide"><table>\n{"".join(lines)}</table></div>\n'
+
+
+def _colored_as_html(block: Colored) -> str:
+    largest = max(map(abs, block.advantages)) or 1.0
+    rows = []
+    for number, (tokens, advantage) in enumerate(zip(block.completions, block.advantages), start=1):
+        label = f"completion {number}, advantage {num(advantage, signed=True)}"
+        color = f"--with: var(--{'up' if advantage > 0 else 'down'}); --share: {70 * abs(advantage) / largest:.0f}%"
+        spans = []
+        for text, clipped, cells in tokens:
+            numbers = "".join(
+                f"<div><dt>{_e(name)}</dt><dd>{_e(cell)}</dd></div>" for name, cell in zip(block.headings, cells)
+            )
+            shown = _e(text).replace("\n", "↵\n")
+            spans.append(
+                f'<span class="token{" clipped" * clipped}" tabindex="0">{shown}'
+                f'<span class="numbers"><b>{label}</b><dl>{numbers}</dl></span></span>'
+            )
+        heading = f'<span class="number">{number}</span><span class="advantage">{num(advantage, 2, signed=True)}</span>'
+        rows.append(f'<div class="completion" style="{color}">{heading}<div>{"".join(spans)}</div></div>\n')
+    return (
+        '<p class="legend">All completions, with their advantage: <span class="up">likelier</span> '
+        '<span class="down">less likely</span> <span class="clipped">clipped</span>. '
+        "Point at a token, or tap it, for its numbers.</p>\n" + "".join(rows)
+    )
+
+
+_STYLE = """
+:root { color-scheme: light dark; --back: #fff; --panel: #f6f7f9; --text: #1c1e21; --dim: #63676e; --line: #dcdfe4;
+  --up: #57b873; --down: #ee8378; }
+@media (prefers-color-scheme: dark) { :root { --back: #16181b; --panel: #1f2226; --text: #e4e6ea; --dim: #9aa0a8;
+  --line: #363a41; --up: #2f8f4e; --down: #b8433a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 0 1rem 9rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: 1.5rem 0 1rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .8rem; padding-top: .8rem; border-top: 1px solid var(--line); }
+p { max-width: 46rem; margin: .7rem 0; }
+pre { margin: .8rem 0; padding: .7rem .9rem; white-space: pre-wrap; background: var(--panel);
+  border: 1px solid var(--line); border-radius: 4px; font: .85rem/1.5 ui-monospace, monospace; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .15rem .7rem; text-align: right; white-space: nowrap; }
+.text { text-align: left; }
+th { font-weight: 600; color: var(--dim); font-size: .85rem; border-bottom: 1px solid var(--line); }
+td.text { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: break-word; }
+td.text:first-child:not(:empty) { min-width: 8rem; }
+.legend span { padding: .1rem .4rem; border-radius: 3px; }
+.legend .up { background: color-mix(in srgb, var(--up) 70%, transparent); }
+.legend .down { background: color-mix(in srgb, var(--down) 70%, transparent); }
+.completion { display: flex; gap: .8rem; margin: .35rem 0; font: .9rem/1.7 ui-monospace, monospace; }
+.completion > span { flex: none; text-align: right; color: var(--dim); }
+.number { width: 1.5rem; }
+.advantage { width: 3.5rem; }
+.token { white-space: pre-wrap; padding: .1rem 0; border-radius: 2px; border-right: 1px solid var(--back);
+  background: color-mix(in srgb, var(--with) var(--share), transparent); }
+.clipped { text-decoration: underline 2px; text-underline-offset: 3px;
+  background: color-mix(in srgb, var(--with, var(--line)) 15%, transparent); }
+.token:hover, .token:focus { outline: 2px solid var(--text); outline-offset: -1px; }
+.numbers { display: none; position: fixed; z-index: 1; left: 0; right: 0; bottom: 0; padding: .6rem 1rem .8rem;
+  background: var(--panel); border-top: 2px solid var(--line); font: .9rem/1.4 system-ui, sans-serif; }
+.token:hover > .numbers, .token:focus > .numbers { display: block; }
+.token:hover > .numbers { z-index: 2; }
+.numbers b { font-weight: 600; }
+dl { display: flex; flex-wrap: wrap; gap: .3rem 1.6rem; margin: .3rem 0 0; font-variant-numeric: tabular-nums; }
+dl div { white-space: pre; }
+dt, dd { display: inline; margin: 0; }
+dt { color: var(--dim); margin-right: .5rem; }
+"""
