@@ -1,7 +1,7 @@
 """One step of GRPO as a story with real numbers: what `python grpo_aqa.py --explain` prints.
 
 The step is explain_step.py's; here it is told, part by part. explain_page.py makes text and a page of that. Nothing is
-written to the run folder.
+written to the run folder but the cache of what is known about clips.
 """
 
 import math
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from checkpoint import write_text
 from explain_page import Colored, Table, Verbatim, num, to_html, to_text
 from explain_step import Step, Token, Update, completion_loss, take_step
+from files import write_text
 from runtime import SharedInputError, finish_together, launchers, setup_distributed
 from training import load_policy_to_train, prepare
 

@@ -300,7 +300,7 @@ def test_command_writes_the_page_and_no_run_folder(saved, tmp_path, monkeypatch,
     assert explain.explain(grpo_aqa.parse_args([*flags, "--explain"])) == 0
     assert capsys.readouterr().out in printed  # the same samples, the same numbers
     files = sorted(str(path) for path in Path().rglob("*"))
-    assert files == ["out", "out/metrics.jsonl", "pages", "pages/page.html"]
+    assert files == ["out", "out/audio_headers.json", "out/metrics.jsonl", "pages", "pages/page.html"]
     assert Path("out/metrics.jsonl").read_text() == "an earlier run's\n"
 
 
