@@ -1,5 +1,6 @@
 """metrics.jsonl and completions.jsonl of a run: a line at a time, and the curves that are drawn of them."""
 
+import gc
 import json
 import math
 import os
@@ -119,6 +120,7 @@ def draw_curves(out: Path) -> None:
     unfinished = out / f"curves.png{UNFINISHED}"
     figure.savefig(unfinished, dpi=90, format="png")
     plt.close(figure)
+    gc.collect()  # a figure is full of reference cycles, some MB that would wait for long
     unfinished.replace(out / "curves.png")
 
 

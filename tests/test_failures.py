@@ -345,7 +345,7 @@ def test_two_thousand_steps_need_no_more_than_two_hundred(tmp_path):
     """The toy, with small groups: resident memory within 5% from step 200 on, no more open files, all metrics."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = ["--steps", "2000", "--prompts_per_rank", "2", "--group_size", "4", "--max_new_tokens", "12"]
-    command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, "--save_every", "100", "--keep_last", "2"]
+    command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, "--save_every", "200", "--keep_last", "2"]
     seen = {}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
