@@ -34,6 +34,7 @@ RUN_FILES += ("metrics.jsonl.damaged", "completions.jsonl.damaged")
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph", "launchers"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
+FREE_SETTINGS |= {"version"}  # is compared for itself
 VERSION = 1  # of what a run folder holds; a state of another is not resumed from
 
 # ---- starting and continuing a run ----
@@ -63,15 +64,13 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
         for name, value in saved.items()
-        if name not in free | {"version"} and value != config.get(name)
+        if name not in free and value != config.get(name)
     ]
     if contradicting:
         hint = ""
         if saved.get("questions_digest") != config.get("questions_digest"):
-            left_out = [settings.get("skipped_questions", 0) for settings in (saved, config)]
-            hint = "; the questions have changed, or which of them have a usable clip ({} left out, now {})".format(
-                *left_out
-            )
+            then, now = (settings.get("skipped_questions", 0) for settings in (saved, config))
+            hint = f"; the questions have changed, or which have a usable clip ({then} left out, now {now})"
         raise InputError(
             f"{out}: cannot be resumed with other settings than its own, {', '.join(contradicting)}{hint}; "
             "give the same, or name a new run with --out"

@@ -4,20 +4,21 @@ Files are written under a name that ends in ".unfinished" and renamed when compl
 """
 
 import csv
-import html
 import io
 import os
 from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
-from files import UNFINISHED, write_text
 from data import InputError, Question
+from files import UNFINISHED, write_text
 from reward import guessing
 from scores import (
     FIELDS, Score, accuracy_by, accuracy_rows, align, discordant, in_order, is_right, mcnemar_exact, p_text,
     percent, read_predictions, require_same_questions, score_cells, visible, wilson_interval,
 )  # fmt: skip
+from web_page import escape as _e
+from web_page import web_page
 
 TASKS = ("sound", "music", "speech")  # MMAU's, a column each whether or not the questions have them
 
@@ -171,16 +172,7 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
         _item(number, question, record, right, folder)
         for number, (question, record, right) in enumerate(zip(questions, records, correct), start=1)
     ]
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_e(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<header>
+    body = f"""<header>
 <h1>{_e(title)}</h1>
 {_html_table([questions[i] for i in scored], [correct[i] for i in scored])}
 </header>
@@ -192,14 +184,8 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
 <main>
 {"".join(items)}</main>
 <script>{_SCRIPT}</script>
-</body>
-</html>
 """
-    write_text(Path(path), page)
-
-
-def _e(text: str) -> str:
-    return html.escape(str(text), quote=True)
+    write_text(Path(path), web_page(title, _STYLE, body))
 
 
 def _html_table(questions: list[Question], correct: list[bool]) -> str:

@@ -3,11 +3,12 @@
 A story is a list of parts, each a title and blocks: paragraphs (str), Verbatim, Table and Colored.
 """
 
-import html
 import textwrap
 from dataclasses import dataclass
 
 from scores import align
+from web_page import escape as _e
+from web_page import web_page
 
 WIDTH = 110  # characters of a printed line of prose
 CELL = 60  # characters of a printed cell
@@ -83,23 +84,7 @@ def to_html(parts: list[tuple[str, list]], title: str) -> str:
         f"<section>\n<h2>{_e(heading)}</h2>\n{''.join(map(_block_as_html, blocks))}</section>\n"
         for heading, blocks in parts
     )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_e(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{_e(title)}</h1>
-{sections}</body>
-</html>
-"""
-
-
-def _e(text: str) -> str:
-    return html.escape(text, quote=True)
+    return web_page(title, _STYLE, f"<h1>{_e(title)}</h1>\n{sections}")
 
 
 def _block_as_html(block) -> str:

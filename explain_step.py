@@ -4,7 +4,6 @@ Every number comes from the functions that training uses. The loss is then taken
 one scalar after the other, and compared with the training loop's: a difference raises.
 """
 
-import copy
 import math
 import re
 import statistics
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data import AUDIO_TOKEN, InputError, Question, step_indices
-from grpo_aqa import Rollout, accumulate_gradients, group_advantages, loss_length
+from grpo_aqa import Rollout, accumulate_gradients, group_advantages, loss_length, make_reference
 from lora import adapter_off, dropout_on
 from optimizer import ShardedAdamW
 from policy import (
@@ -29,6 +28,7 @@ from policy import (
 )
 from reward import accuracy_reward, format_reward
 from runtime import data_parallel
+from training import recomputes_layers
 
 LOOK_THROUGH = 16  # questions, for one whose completions have different rewards
 
@@ -114,14 +114,10 @@ def take_step(args, policy, processor, questions: list[Question], device: torch.
 
     Changes the policy. Raises RuntimeError if the tokens' terms do not add up to the loss that trained it.
     """
-    reference = None
-    if args.beta != 0:
-        shared = {id(policy.model.audio_tower): policy.model.audio_tower} if args.freeze_audio_tower else {}
-        reference = policy if args.lora_rank else copy.deepcopy(policy, shared).requires_grad_(False)
+    reference = make_reference(args, policy)
     group, looked_at = choose_group(args, policy, processor, questions, device)
     inputs = group.prompt, group.completions, group.mask
-    checkpointing = {"on": True, "off": False, "auto": device.type == "cuda"}[args.gradient_checkpointing]
-    ddp_policy = data_parallel(policy, group.prompt, checkpointing)
+    ddp_policy = data_parallel(policy, group.prompt, recomputes_layers(args, device))
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
 
     advantages = group_advantages(group.rewards, args.normalize_std == "on")[0]

@@ -184,16 +184,26 @@ def accumulate_gradients(
     return sums
 
 
+def make_reference(args, policy):
+    """The frozen starting checkpoint, which the KL penalty pulls towards; None without one. Shares a frozen tower.
+
+    With LoRA it is the policy itself, to be called with its adapter off.
+    """
+    if args.beta == 0:
+        return None
+    if args.lora_rank:
+        return policy
+    shared = {id(policy.model.audio_tower): policy.model.audio_tower} if args.freeze_audio_tower else {}
+    return copy.deepcopy(policy, shared).requires_grad_(False)
+
+
 # ---- the loop ----
 
 
 def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     """The whole run: load, score, loop over steps, save, score again."""
     policy, processor = load_policy_to_train(args, device)
-    reference = None  # the frozen starting checkpoint, which the KL penalty pulls towards
-    if args.beta != 0:  # with LoRA, it is the policy with its adapter off
-        shared = {id(policy.model.audio_tower): policy.model.audio_tower} if args.freeze_audio_tower else {}
-        reference = policy if args.lora_rank else copy.deepcopy(policy, shared).requires_grad_(False)
+    reference = make_reference(args, policy)
     learner = start(args, run, policy, processor, device)
     stop_ids = stop_token_ids(policy, processor)
     decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph == "on")

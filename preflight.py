@@ -105,7 +105,16 @@ def _read_cache(cache: Path | None) -> dict:
 
 def decode_clips(paths: list[str]) -> dict[str, str]:
     """The clips that load_audio refuses, and why. Decodes all of them."""
-    return {path: fault for path, (_, fault) in digest_clips(paths, bar=True).items() if fault is not None}
+    faults = dict(zip(paths, _in_threads(_decoding_fault, paths, "checking audio")))
+    return {path: fault for path, fault in faults.items() if fault is not None}
+
+
+def _decoding_fault(path: str) -> str | None:
+    try:
+        load_audio(path)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str | None]]:
@@ -115,16 +124,11 @@ def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str
     """
 
     def check(path):
-        digest = fault = None
-        try:
-            load_audio(path)
-        except InputError as error:
-            fault = str(error)
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
         except OSError:
-            pass  # then load_audio has said so
-        return digest, fault
+            digest = None  # load_audio will say so
+        return digest, _decoding_fault(path)
 
     return dict(zip(paths, _in_threads(check, paths, "checking audio", bar)))
 

@@ -224,11 +224,15 @@ def load_policy_to_train(args: argparse.Namespace, device: torch.device):
     return policy, processor
 
 
+def recomputes_layers(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the backward pass computes layers a second time, to save memory."""
+    return {"on": True, "off": False, "auto": device.type == "cuda"}[args.gradient_checkpointing]
+
+
 def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.device) -> Learner:
     """Begin a run with the loaded policy, or continue the one in args.out."""
-    checkpointing = {"on": True, "off": False, "auto": device.type == "cuda"}[args.gradient_checkpointing]
     any_prompt = to_device(encode_prompts(processor, run.questions[:1], args.template), device)
-    ddp_policy = data_parallel(policy, any_prompt, checkpointing)
+    ddp_policy = data_parallel(policy, any_prompt, recomputes_layers(args, device))
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own
     generator = torch.Generator(device).manual_seed(seed)

@@ -77,8 +77,8 @@ def test_a_resume_state_that_would_run_code_is_refused_and_does_not(one_process,
 
 # ---- what is shown ----
 
-MARKUP = ['"><script>alert(1)</script>', "</script><img src=x onerror=alert(1)>", "<!-- ", "'onmouseover='alert(1)", "]]>",
-          "javascript:alert(1)", "&lt;b&gt;", "</pre></article><h1>"]  # fmt: skip
+MARKUP = ['"><script>alert(1)</script>', "</script><img src=x onerror=alert(1)>", "<!-- ", "'onmouseover='alert(1)",
+          "]]>", "javascript:alert(1)", "&lt;b&gt;", "</pre></article><h1>"]  # fmt: skip
 
 
 class Elements(html.parser.HTMLParser):
@@ -124,7 +124,7 @@ def test_the_page_shows_markup_and_does_not_obey_it(tmp_path, text):
 
 
 def test_files_are_as_private_as_the_user_wishes(tmp_path, monkeypatch):
-    """Those in the run folder follow the umask; a file that only tries whether one can be written has no name at all."""
+    """Those in the run folder follow the umask; one that only tries whether a file can be written has no name."""
     before = os.umask(0o077)
     try:
         write_text(tmp_path / "config.json", "{}")
