@@ -5,6 +5,7 @@ size. A short supervised warm start in all three templates, on answers of which 
 sure of the form of an answer and unsure of the answer: the state in which GRPO takes over a real model.
 
     python toy.py --questions FILE --out DIR     a tiny base model for your own questions, to try them on a laptop
+    python toy.py --listen                       a picture of eight of the toy's clips, or of your own with --questions
 """
 
 import argparse
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from checkpoint import save_checkpoint
+from contact_sheet import CLIPS, draw_contact_sheet, pick
 from data import (
     AUDIO_TOKEN,
     TEMPLATES,
@@ -46,7 +48,9 @@ from preflight import load_checked
 from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
+TOY = Path("runs/toy")  # where it is made
 MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
+MEL_BINS = 40
 STEPS = 300  # of the warm start; enough for the form of think, the longest, and too few to master the questions
 
 
@@ -70,13 +74,12 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     """A model with random weights and its processor, for clips of up to `seconds`. Returns (model, processor)."""
     tokenizer = make_tokenizer(questions)
     tokenizer.padding_side = "left"
-    mel_bins = 40
-    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=seconds), tokenizer)
+    processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=seconds), tokenizer)
     initializer_range = 0.08  # about 1 / sqrt(hidden size); the usual 0.02 suits far wider models and stalls this one
     config = Qwen2AudioConfig(
         audio_config=dict(
             model_type="qwen2_audio_encoder",
-            num_mel_bins=mel_bins,
+            num_mel_bins=MEL_BINS,
             d_model=96,
             encoder_layers=2,
             encoder_attention_heads=4,
@@ -176,24 +179,46 @@ def make_base(
     save_checkpoint(out, model, processor)
 
 
+def draw_examples(file: str | None, audio_dir: str | None, out: str | None, seed: int) -> str:
+    """Draw some questions of a file, or of the toy's world, with their clips. Returns the picture's path."""
+    if file is None:
+        train = paths(TOY)[1]
+        make_world(train.parent)
+        file, out = str(train), out or str(TOY / "listen.png")
+    draw_contact_sheet(out, pick(load_questions(file, audio_dir), CLIPS, seed), MEL_BINS, MAX_SECONDS)
+    return out
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
-        description="Make a tiny Qwen2-Audio base model for a question file, to try grpo_aqa.py on it without a GPU.",
+        description="Make a tiny Qwen2-Audio base model for a question file, to try grpo_aqa.py on it without a GPU. "
+        "With --listen: a picture of clips and questions instead.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--questions", required=True, help="training questions: R1-AQA, AVQA, MMAU or plain file")
+    add("--listen", action="store_true", help="draw eight example clips with their questions; alone: the toy's")
+    add("--questions", help="training questions: R1-AQA, AVQA, MMAU or plain file")
     add("--audio_dir", help="folder that relative audio paths start from; default: the question file's")
-    add("--out", required=True, help="folder for the model")
+    add("--out", help="folder for the model; with --listen, the picture (of the toy: runs/toy/listen.png)")
     add("--skip_bad_audio", action="store_true", help="go on without questions whose clip is missing or broken")
     add("--random_answers", type=float, default=1.0, help="share of its training answers that are any of the choices")
     add("--steps", type=int, default=STEPS, help="steps of the supervised warm start, 16 questions each")
-    add("--seed", type=int, default=0, help="of the weights and the order of questions")
-    return parser.parse_args(argv)
+    add("--seed", type=int, default=0, help="of the weights and the order of questions, or of the examples drawn")
+    args = parser.parse_args(argv)
+    needed = ("questions", "out") if not args.listen else ("out",) if args.questions else ()
+    missing = [f"--{name}" for name in needed if getattr(args, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if args.audio_dir and not args.questions:
+        parser.error("--audio_dir needs --questions")
+    return args
 
 
 def main() -> None:
     args = parse_args()
+    if args.listen:
+        print(f"picture: {draw_examples(args.questions, args.audio_dir, args.out, args.seed)}")
+        return
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     check_folder(Path(args.out))

@@ -1,0 +1,105 @@
+"""A contact sheet: some questions of a file as one picture, each with its clip's waveform and log-mel spectrogram."""
+
+import math
+import os
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from transformers import WhisperFeatureExtractor
+from transformers.audio_utils import hertz_to_mel
+
+from data import SAMPLE_RATE, InputError, Question, load_audio
+from files import UNFINISHED
+
+CLIPS, COLUMNS = 8, 4
+LINE, LINES, CHOICES = 38, 3, 6  # characters of a line; lines of a question; choices that are shown
+LINE_HEIGHT = 0.19  # inches
+RIGHT = "#1a7f37"  # color of the right answer
+
+
+def pick(questions: list[Question], count: int, seed: int) -> list[Question]:
+    """As many questions, as different as can be: in what they ask, then in their answers, then in their clips."""
+    order = [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))]
+    asked, answered, heard, picked = Counter(), Counter(), Counter(), []
+    for _ in range(min(count, len(order))):
+        best = min(order, key=lambda q: (asked[q.question], answered[q.answer], heard[q.audio]))
+        order.remove(best)
+        picked.append(best)
+        for seen, value in ((asked, best.question), (answered, best.answer), (heard, best.audio)):
+            seen[value] += 1
+    return sorted(picked, key=lambda q: (q.question, q.choices))
+
+
+def log_mel(clip: np.ndarray, mel_bins: int) -> np.ndarray:
+    """What a model hears of a clip [samples]: its log-mel spectrogram, [mel bins, frames of 10 ms]."""
+    extractor = WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=math.ceil(len(clip) / SAMPLE_RATE))
+    features = extractor(clip, sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="np")
+    return features["input_features"][0][:, : int(features["attention_mask"].sum())]
+
+
+def bin_of(hertz: np.ndarray, mel_bins: int) -> np.ndarray:
+    """The mel bin, with fraction, whose center is at a frequency: centers are evenly spaced on the mel scale, from one
+    step above 0 Hz to one below half the sample rate."""
+    return hertz_to_mel(hertz, "slaney") / hertz_to_mel(SAMPLE_RATE / 2, "slaney") * (mel_bins + 1) - 1
+
+
+def lines_of(question: Question) -> list[tuple[str, str, str]]:
+    """The lines of text beside a clip, each with its color and weight; the right answer is among them."""
+    asked = textwrap.wrap(question.question, LINE, max_lines=LINES, placeholder=" …")
+    lines = [(line, "black", "bold") for line in asked]
+    choices = list(dict.fromkeys([*question.choices[: CHOICES - 1], question.answer or question.choices[-1]]))
+    choices = question.choices if len(question.choices) <= CHOICES else choices
+    for choice in choices:
+        shown = textwrap.shorten(choice, LINE - 4, placeholder=" …") or choice[: LINE - 4]
+        right = choice == question.answer
+        lines.append((f"{'✓' if right else '–'} {shown}", RIGHT if right else "dimgray", "bold" if right else "normal"))
+    left_out = len(question.choices) - len(choices)
+    lines += [(f"   and {left_out} more", "dimgray", "normal")] * (left_out > 0)
+    lines += [("   answer withheld", "dimgray", "normal")] * (question.answer is None)
+    return lines
+
+
+def draw_contact_sheet(path: str, questions: list[Question], mel_bins: int, seconds: float) -> None:
+    """Write a PNG picture of a few questions to `path`. Clips are cut to `seconds`. Raises InputError."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    clips = [load_audio(question.audio)[: int(seconds * SAMPLE_RATE)] for question in questions]
+    texts = [lines_of(question) for question in questions]
+    rows, text_height = math.ceil(len(questions) / COLUMNS), LINE_HEIGHT * max(map(len, texts))
+    figure = plt.figure(figsize=(4 * COLUMNS, rows * (text_height + 2.6)), layout="constrained")
+    panels = figure.subfigures(rows, COLUMNS, squeeze=False, wspace=0.03, hspace=0.03).flat
+    for panel, question, clip, lines in zip(panels, questions, clips, texts):
+        words, wave, mel = panel.subplots(3, 1, height_ratios=(text_height, 0.7, 1.5))
+        words.axis("off")
+        length = len(clip) / SAMPLE_RATE
+        for i, (line, color, weight) in enumerate(lines):
+            height = 1 - (i + 0.5) * LINE_HEIGHT / text_height
+            font = dict(color=color, weight=weight, fontsize=9.5, parse_math=False)
+            text = words.text(0, height, line, transform=words.transAxes, va="center", **font)
+            text.set_in_layout(False)  # a long line narrows no spectrogram
+        peak = float(np.abs(clip).max()) or 1.0
+        wave.plot(np.arange(len(clip)) / SAMPLE_RATE, clip, color="tab:blue", linewidth=0.4)
+        wave.set(xlim=(0, length), ylim=(-1.1 * peak, 1.1 * peak), xticks=[])
+        wave.set_yticks([-peak, 0, peak], [f"{-peak:.2f}", "0", f"{peak:.2f}"])
+        mel.imshow(log_mel(clip, mel_bins), origin="lower", aspect="auto", extent=(0, length, -0.5, mel_bins - 0.5))
+        mel.set_xlabel(f"{Path(question.audio).name[-LINE:]}, {length:.2f} s", parse_math=False)
+        mel.set_ylabel("kHz")
+        hertz = np.array([500, 1000, 2000, 4000])
+        mel.set_yticks(bin_of(hertz, mel_bins), [f"{f / 1000:g}" for f in hertz])
+        for axis in (wave, mel):
+            axis.tick_params(labelsize=7)
+            axis.xaxis.label.set_fontsize(8)
+            axis.yaxis.label.set_fontsize(8)
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        figure.savefig(path + UNFINISHED, dpi=110, format="png")
+        os.replace(path + UNFINISHED, path)
+    except OSError as error:
+        raise InputError(f"{path}: the picture cannot be written there ({error})") from None
+    finally:
+        plt.close(figure)

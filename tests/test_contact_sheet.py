@@ -1,0 +1,124 @@
+"""toy.py --listen: which clips are drawn, what is written beside them, their spectrograms, and the command."""
+
+import json
+import sys
+from collections import Counter
+
+import matplotlib.image
+import numpy as np
+import pytest
+import soundfile
+
+import toy
+from contact_sheet import bin_of, draw_contact_sheet, lines_of, log_mel, pick
+from data import InputError, Question, load_questions
+from toy_world import KINDS, write_world
+
+
+def asked(text, answer="a", choices=("a", "b"), audio="x.wav"):
+    return Question("1", audio, text, list(choices), answer)
+
+
+def test_pick_takes_different_questions_then_answers_then_clips():
+    some = [asked(text, answer, audio=f"{i}.wav") for text in "pqr" for answer in "ab" for i in range(20)]
+    for seed in range(5):
+        picked = pick(some, 8, seed)
+        assert sorted(Counter(q.question for q in picked).values()) == [2, 3, 3]
+        assert set(Counter(q.answer for q in picked).values()) == {4}
+        assert len({q.audio for q in picked}) == 8
+        assert picked == pick(some, 8, seed)
+    assert pick(some, 8, 0) != pick(some, 8, 1)
+    uneven = [asked("p", str(i)) for i in range(20)] + [asked("q", "always this")] * 20
+    assert Counter(q.question for q in pick(uneven, 8, 0)) == {"p": 4, "q": 4}
+    assert len(pick(some[:3], 8, 0)) == 3
+
+
+def test_pick_shows_every_kind_of_the_toys_questions(tmp_path):
+    write_world(tmp_path, num_train=100, num_heldout=1)
+    picked = pick(load_questions(str(tmp_path / "train.jsonl")), 8, 0)
+    assert len({q.question for q in picked}) == len(KINDS) and len({q.answer for q in picked}) == 8
+
+
+@pytest.mark.parametrize("mel_bins", [40, 128])
+@pytest.mark.parametrize("hertz", [500.0, 1000.0, 2000.0, 4000.0])
+def test_a_tone_is_bright_where_the_axis_says(hertz, mel_bins):
+    time = np.arange(int(1.3 * 16_000)) / 16_000
+    mel = log_mel((0.5 * np.sin(2 * np.pi * hertz * time)).astype(np.float32), mel_bins)
+    assert mel.shape == (mel_bins, 130)
+    brightest = mel[:, 20:110].mean(axis=1).argmax()
+    assert abs(brightest - bin_of(hertz, mel_bins)) < 0.75
+
+
+def test_log_mel_is_whispers_own_scale():
+    """log10 of the power, at most 8 below the loudest, (x + 4) / 4: ten times the amplitude adds 2 / 4."""
+    noise = np.random.default_rng(0).normal(0, 0.01, 16_000).astype(np.float32)
+    quiet, loud = log_mel(noise, 40), log_mel(10 * noise, 40)
+    assert np.abs(loud - quiet - 0.5).max() < 1e-3
+
+
+def test_lines_mark_the_right_answer_and_keep_it_among_many():
+    texts = [line for line, *_ in lines_of(asked("What?", "b"))]
+    assert texts == ["What?", "– a", "✓ b"]
+    texts = [line for line, *_ in lines_of(asked("What?", "z", "abcdefghz"))]
+    assert texts == ["What?", "– a", "– b", "– c", "– d", "– e", "✓ z", "   and 3 more"]
+    texts = [line for line, *_ in lines_of(asked("What?", None))]
+    assert texts == ["What?", "– a", "– b", "   answer withheld"]
+    texts = [line for line, *_ in lines_of(asked("long words " * 50, "a", ["a", "x" * 99, "many words " * 20]))]
+    assert len(texts) == 6 and max(map(len, texts)) <= 40
+
+
+def test_picture(questions, tmp_path):
+    """Texts and names that look like formulas do no harm, nor does a choice without text."""
+    soundfile.write(tmp_path / "quiet$_$.wav", np.full(16_000, 1e-3), 16_000)
+    odd = asked("costs $5 and $\\frac", "$", ["$", ""], str(tmp_path / "quiet$_$.wav"))
+    path = tmp_path / "new" / "sheet.png"
+    draw_contact_sheet(str(path), [odd, *questions], 40, 30)
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[1] == 1760 and picture[:, :, :3].std() > 0.1
+    assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
+    with pytest.raises(InputError, match="the picture cannot be written there"):
+        draw_contact_sheet(str(tmp_path), [odd], 40, 30)
+
+
+# ---- the command ----
+
+
+def listen(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, flags)])
+    toy.main()
+
+
+def test_command_makes_the_world_and_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "write_world", lambda folder, **change: write_world(folder, 20, 4, **change))
+    listen(monkeypatch, "--listen")
+    assert "picture: runs/toy/listen.png" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "runs" / "toy").iterdir()) == ["listen.png", "world"]
+    first = (tmp_path / "runs" / "toy" / "listen.png").read_bytes()
+    listen(monkeypatch, "--listen", "--out", "other.png", "--seed", 0)
+    assert (tmp_path / "other.png").read_bytes() == first
+
+
+def test_command_with_the_users_questions(questions, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    records = [{"audio": q.audio, "question": "$?", "choices": ["a", "b"], "answer": "a"} for q in questions]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    listen(monkeypatch, "--listen", "--questions", "mine.json", "--out", "mine.png")
+    assert "picture: mine.png" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "mine.png"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "the following arguments are required: --questions, --out"),
+        (["--questions", "x"], "the following arguments are required: --out"),
+        (["--listen", "--questions", "x"], "the following arguments are required: --out"),
+        (["--listen", "--audio_dir", "x"], "--audio_dir needs --questions"),
+    ],
+    ids=str,
+)
+def test_command_asks_for_what_it_needs(monkeypatch, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        listen(monkeypatch, *flags)
+    assert message in capsys.readouterr().err
