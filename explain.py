@@ -193,7 +193,10 @@ def _effect(step: Step, args) -> list:
     )
     blocks = [what, Table(rows, left=(1,)), counts]
     if not all(better + worse):
-        blocks.append("Completions share the weights, and often their first tokens: what raises one can raise others.")
+        blocks.append(
+            "The others went the wrong way. Completions share the weights, so that what moves one moves others, and a "
+            "step can be longer than the gradient at its start is good for."
+        )
     return blocks
 
 
