@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Question, audio_seconds, build_prompt
+from audio import audio_seconds
+from data import Question, build_prompt
 from decoding import GroupDecoder
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
 from preflight import TOKENS_PER_SECOND
@@ -107,8 +108,8 @@ def score_greedily(
     answers = answer_questions(model, processor, questions, template, max_new_tokens, 32, cuda_graph=cuda_graph)
     pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
     correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
-    well_formed = sum(format_reward(completion, template) for _, completion in pairs)
-    return correct / len(pairs), well_formed / len(pairs)
+    format_ = sum(format_reward(completion, template) for _, completion in pairs)
+    return correct / len(pairs), format_ / len(pairs)
 
 
 def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:

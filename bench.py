@@ -21,7 +21,7 @@ from bench_eval import bench_eval
 from bench_memory import memory
 from bench_scale import bench_scale
 from bench_speed import bench_sample, bench_step, bench_train
-from data import InputError
+from errors import InputError
 from flags import Parser
 
 BENCHES = {"memory": memory, "step": bench_step, "sample": bench_sample, "train": bench_train}

@@ -12,9 +12,10 @@ import torch
 from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
 from answering import answer_questions
+from audio import SAMPLE_RATE
 from bench_models import build_model, save_results
 from bench_speed import hardware, pad_clips, start_result
-from data import SAMPLE_RATE, Question
+from data import Question
 from policy import decode_text, encode_prompts, to_device
 from toy import make_tokenizer
 

@@ -31,8 +31,8 @@ from bench_models import (
     trainable,
     versions,
 )
-from data import InputError
 from decoding import GroupDecoder
+from errors import InputError
 from optimizer import ShardedAdamW
 from policy import Prompt, completion_logprobs, prefill, sample_tokens
 
@@ -234,7 +234,7 @@ def memory(args: argparse.Namespace) -> None:
         return
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     settings = {name: value for name, value in vars(args).items() if name not in ("what", "table", "out")}
-    result = {"gpu": gpu, **versions(), "settings": settings}
+    result: dict = {"gpu": gpu, **versions(), "settings": settings}
     result["counted_gb"] = count(qwen2_audio_7b(), torch.bfloat16, args)
     print(f"Qwen2-Audio-7B in bfloat16 on {args.gpus} GPUs: {describe(args)}\n\ncounted GB per GPU")
     print(*(f"  {label:<45}{result['counted_gb'][name]:8.2f}" for name, label in PARTS.items()), sep="\n", flush=True)

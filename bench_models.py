@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from decoding import GroupDecoder
+from files import write_text
 from grpo_aqa import Rollout, accumulate_gradients, group_advantages
 from lora import adapter_off, add_lora
 from optimizer import ShardedAdamW
@@ -30,18 +32,18 @@ from training import LORA_TARGETS
 
 GB = 1e9
 TEXT_TOKENS = 80  # of a prompt, beside its clip's
-SETTINGS = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.04, ratio="token")  # the paper's
+SETTINGS: dict[str, Any] = dict(temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.04, ratio="token")  # the paper's
 NO_STOP = [-1]  # no token ends a completion: all of them get max_new_tokens
 
 # ---- model and prompts ----
 
 
-def qwen2_audio_7b() -> Qwen2AudioConfig:
+def qwen2_audio_7b() -> Any:
     """The shape of Qwen2-Audio-7B, 8.4 billion weights with its audio tower: two numbers differ from the defaults."""
     return Qwen2AudioConfig(text_config=dict(model_type="qwen2", vocab_size=156_032, intermediate_size=11_008))
 
 
-def qwen2_audio_small() -> Qwen2AudioConfig:
+def qwen2_audio_small() -> Any:
     """48 million weights in about the proportions of the real 8.4 billion: an eighth as wide, a quarter as deep."""
     audio = dict(d_model=160, encoder_layers=8, encoder_attention_heads=5, encoder_ffn_dim=640)
     text = dict(hidden_size=512, intermediate_size=1376, vocab_size=19_456)
@@ -98,21 +100,21 @@ class LoneRank(dist.ProcessGroup):
     (torch's own "fake" backend, made for this, gives DistributedDataParallel no gradients back.)
     """
 
-    def allreduce(self, tensors, options):
+    def allreduce(self, tensors, options):  # type: ignore[override]
         done = Future(devices=[tensors[0].device] if tensors[0].is_cuda else None)
         done.set_result(tensors)
         return _create_work_from_future(done)
 
-    def broadcast(self, tensors, options):
+    def broadcast(self, tensors, options):  # type: ignore[override]
         return self.allreduce(tensors, options)
 
-    def allgather(self, outputs, inputs, options):
+    def allgather(self, outputs, inputs, options):  # type: ignore[override]
         for output in outputs[0]:
             output.copy_(inputs[0])
         return self.allreduce(inputs, options)
 
 
-dist.Backend.register_backend("lone", lambda store, rank, size, timeout: LoneRank(rank, size), devices=["cpu", "cuda"])
+dist.Backend.register_backend("lone", lambda store, rank, size, timeout: LoneRank(rank, size), devices=["cpu", "cuda"])  # type: ignore[call-arg]
 
 
 @contextmanager
@@ -129,8 +131,8 @@ def lone_rank(gpus: int):
 class Rank:
     """What a rank of grpo_aqa.train holds from step to step."""
 
-    policy: nn.Module
-    reference: nn.Module | None  # None without a KL penalty; with LoRA the policy itself, whose adapter is then off
+    policy: Any  # a Qwen2-Audio model
+    reference: Any  # another; None without a KL penalty; with LoRA the policy itself, whose adapter is then off
     ddp_policy: DistributedDataParallel
     optimizer: ShardedAdamW
     generator: torch.Generator
@@ -223,6 +225,5 @@ def save_results(result: dict, what: str, machine: str, out: str | None) -> None
     """Write a result as JSON to `out`, by default bench_results/<what>_<machine>.json, and say so."""
     name = re.sub(r"[^\w.-]+", "_", machine).strip("_")
     path = Path(out or f"bench_results/{what}_{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"\nresults: {path}")

@@ -8,6 +8,7 @@ from statistics import median
 
 from bench_models import Rank, lone_rank, make_prompt, make_rank, save_results
 from bench_speed import PHASES, checkpoints, describe, hardware, one_prompt_a_pass, start_result, timed_step
+from files import replacing
 
 SIZES = {
     "group_size": (2, 4, 8, 16, 32),
@@ -83,7 +84,7 @@ def bend_sentence(name: str, curve: list[dict]) -> str:
     i = len(factors) - 1 if i is None else i
     a, b = curve[i : i + 2]
     added = {phase: b["seconds"][phase] - a["seconds"][phase] for phase in PHASES}
-    most = max(added, key=added.get)
+    most = max(added, key=lambda phase: added[phase])
     return (
         f"{LABELS[name]}: {verdict} ({factors[i]:.2f} from {a['size']:g} to {b['size']:g}); "
         f"{added[most] / (cost(b) - cost(a)):.0%} of what is added there is the phase {most}."
@@ -92,19 +93,17 @@ def bend_sentence(name: str, curve: list[dict]) -> str:
 
 def draw(curves: dict[str, list[dict]], machine: str, path: Path) -> None:
     """A panel for each size: a step's seconds and its phases' over it, and a dotted line where the curve bends."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
     for axis, (name, curve) in zip(axes.flat, curves.items()):
         sizes = [point["size"] for point in curve]
         axis.plot(sizes, [cost(point) for point in curve], color="black", linewidth=2.2, marker="o", label="step")
         for phase in PHASES:
             axis.plot(sizes, [point["seconds"][phase] for point in curve], marker=".", linewidth=1.2, label=phase)
-        if bend(curve) is not None:
-            axis.axvline(sizes[bend(curve)], color="gray", linestyle=":")
+        if (i := bend(curve)) is not None:
+            axis.axvline(sizes[i], color="gray", linestyle=":")
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes], minor=False)
@@ -115,6 +114,5 @@ def draw(curves: dict[str, list[dict]], machine: str, path: Path) -> None:
         axis.set_ylabel("seconds of a step")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(machine, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=80, format="png")

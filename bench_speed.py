@@ -10,6 +10,7 @@ import os
 import time
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ PHASES = ("sample", "reference", "train", "update")
 # ---- machine ----
 
 
-def hardware() -> tuple[Qwen2AudioConfig, torch.dtype, torch.device, int]:
+def hardware() -> tuple[Any, torch.dtype, torch.device, int]:
     """What is timed here: model shape, dtype and device, and how many ranks share the optimizer."""
     if torch.cuda.is_available():
         return qwen2_audio_7b(), torch.bfloat16, torch.device("cuda"), 8  # no GPU holds all of its optimizer state

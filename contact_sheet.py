@@ -1,7 +1,6 @@
 """A contact sheet: some questions of a file as one picture, each with its clip's waveform and log-mel spectrogram."""
 
 import math
-import os
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -10,8 +9,10 @@ import numpy as np
 from transformers import WhisperFeatureExtractor
 from transformers.audio_utils import hertz_to_mel
 
-from data import SAMPLE_RATE, InputError, Question, load_audio
-from files import UNFINISHED
+from audio import SAMPLE_RATE, load_audio
+from data import Question
+from errors import InputError
+from files import replacing
 
 CLIPS, COLUMNS = 8, 4
 LINE, LINES, CHOICES = 38, 3, 6  # characters of a line; lines of a question; choices that are shown
@@ -22,13 +23,14 @@ RIGHT = "#1a7f37"  # color of the right answer
 def pick(questions: list[Question], count: int, seed: int) -> list[Question]:
     """As many questions, as different as can be: in what they ask, then in their answers, then in their clips."""
     order = [questions[i] for i in np.random.default_rng(seed).permutation(len(questions))]
-    asked, answered, heard, picked = Counter(), Counter(), Counter(), []
+    asked, answered, heard, picked = Counter[str](), Counter[str | None](), Counter[str](), []
     for _ in range(min(count, len(order))):
         best = min(order, key=lambda q: (asked[q.question], answered[q.answer], heard[q.audio]))
         order.remove(best)
         picked.append(best)
-        for seen, value in ((asked, best.question), (answered, best.answer), (heard, best.audio)):
-            seen[value] += 1
+        asked[best.question] += 1
+        answered[best.answer] += 1
+        heard[best.audio] += 1
     return sorted(picked, key=lambda q: (q.question, q.choices))
 
 
@@ -42,7 +44,7 @@ def log_mel(clip: np.ndarray, mel_bins: int) -> np.ndarray:
 def bin_of(hertz: np.ndarray, mel_bins: int) -> np.ndarray:
     """The mel bin, with fraction, whose center is at a frequency: centers are evenly spaced on the mel scale, from one
     step above 0 Hz to one below half the sample rate."""
-    return hertz_to_mel(hertz, "slaney") / hertz_to_mel(SAMPLE_RATE / 2, "slaney") * (mel_bins + 1) - 1
+    return np.asarray(hertz_to_mel(hertz, "slaney") / hertz_to_mel(SAMPLE_RATE / 2, "slaney") * (mel_bins + 1) - 1)
 
 
 def lines_of(question: Question) -> list[tuple[str, str, str]]:
@@ -61,17 +63,14 @@ def lines_of(question: Question) -> list[tuple[str, str, str]]:
     return lines
 
 
-def draw_contact_sheet(path: str, questions: list[Question], mel_bins: int, seconds: float) -> None:
+def draw_contact_sheet(path: Path, questions: list[Question], mel_bins: int, seconds: float) -> None:
     """Write a PNG picture of a few questions to `path`. Clips are cut to `seconds`. Raises InputError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     clips = [load_audio(question.audio)[: int(seconds * SAMPLE_RATE)] for question in questions]
     texts = [lines_of(question) for question in questions]
     rows, text_height = math.ceil(len(questions) / COLUMNS), LINE_HEIGHT * max(map(len, texts))
-    figure = plt.figure(figsize=(4 * COLUMNS, rows * (text_height + 2.6)), layout="constrained")
+    figure = Figure(figsize=(4 * COLUMNS, rows * (text_height + 2.6)), layout="constrained")
     panels = figure.subfigures(rows, COLUMNS, squeeze=False, wspace=0.03, hspace=0.03).flat
     for panel, question, clip, lines in zip(panels, questions, clips, texts):
         words, wave, mel = panel.subplots(3, 1, height_ratios=(text_height, 0.7, 1.5))
@@ -96,10 +95,7 @@ def draw_contact_sheet(path: str, questions: list[Question], mel_bins: int, seco
             axis.xaxis.label.set_fontsize(8)
             axis.yaxis.label.set_fontsize(8)
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        figure.savefig(path + UNFINISHED, dpi=110, format="png")
-        os.replace(path + UNFINISHED, path)
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, dpi=110, format="png")
     except OSError as error:
         raise InputError(f"{path}: the picture cannot be written there ({error})") from None
-    finally:
-        plt.close(figure)

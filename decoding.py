@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 PROMPT_SLOTS, COMPLETION_SLOTS = 128, 64  # a step attends to multiples of these; what is not filled yet is masked
 
@@ -29,6 +29,9 @@ class GroupDecoder:
         self.model, self.group_size, self.room = model, group_size, max_new_tokens
         self.cuda_graph = cuda_graph and model.device.type == "cuda"
         self.is_prompt = torch.empty(0, 0)  # [B, slots], False for padding; the memory below is for so many
+        self.prompt_cache: list[tuple[Tensor, Tensor]] = []  # of each layer, keys and values
+        self.completion_cache: list[tuple[Tensor, Tensor]] = []
+        self.graphs: dict[tuple[int, int], Callable[[], Tensor]] = {}  # replayable steps by slots
 
     def start(self, cache: list[tuple[Tensor, Tensor]], prompt_mask: Tensor) -> None:
         """Begin the completions of prompts. cache: each layer's keys and values, [B, key-value heads, P, D] each;
@@ -51,7 +54,7 @@ class GroupDecoder:
 
     def _allocate(self, cache: list[tuple[Tensor, Tensor]], prompts: int) -> None:
         (like, _), rows = cache[0], prompts * self.group_size
-        self.prompt_cache = self.completion_cache = self.graphs = None  # what was allocated before goes first
+        self.prompt_cache, self.completion_cache, self.graphs = [], [], {}  # what was allocated before goes first
 
         def empty(rows: int, slots: int) -> list[tuple[Tensor, Tensor]]:
             shape = (rows, like.shape[1], slots, like.shape[3])
@@ -61,8 +64,7 @@ class GroupDecoder:
         self.is_prompt = like.new_zeros(prompts, self.prompt_slots, dtype=torch.bool)
         self.prompt_lengths, self.tokens = like.new_zeros(2, rows, dtype=torch.long)
         self.length = like.new_zeros(1, dtype=torch.long)  # tokens in the completion cache
-        self.graphs = {}  # replayable steps by slots; all of them work in one pool of memory
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda_graph else None
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.cuda_graph else None  # all graphs work in it
 
     def step(self, tokens: Tensor) -> Tensor:
         """Add a token to each completion, [N]. Returns the hidden states that predict the next one, [N, H], in memory
@@ -89,8 +91,8 @@ class GroupDecoder:
         empty = torch.cat([~self.is_prompt[:, -prompt_slots:], empty.expand(len(self.is_prompt), -1)], dim=1)
         bias = torch.zeros(empty.shape, device=hidden.device).masked_fill(empty, -torch.inf)[:, None, None, None, :]
 
-        for layer, prompt, own in zip(language_model.layers, self.prompt_cache, self.completion_cache):
-            prompt = [tensor[:, :, -prompt_slots:] for tensor in prompt]
+        for layer, stored, own in zip(language_model.layers, self.prompt_cache, self.completion_cache):
+            prompt = [tensor[:, :, -prompt_slots:] for tensor in stored]
             hidden = hidden + self._attend(
                 layer.self_attn, _rms_norm(layer.input_layernorm, hidden), rotary, bias, prompt, own, completion_slots
             )
@@ -137,7 +139,7 @@ def record(forward: Callable[[], Tensor], pool) -> Callable[[], Tensor]:
     return replay
 
 
-def _rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+def _rms_norm(norm, hidden: Tensor) -> Tensor:
     """A Qwen2RMSNorm in one kernel instead of seven."""
     return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 

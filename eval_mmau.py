@@ -24,7 +24,8 @@ import transformers
 from ablations import change, kinds, remark
 from answering import answer_questions
 from checkpoint import remembered_template, save_checkpoint
-from data import TEMPLATES, InputError, Question, parse_records, read_records
+from data import TEMPLATES, Question, parse_records, read_records
+from errors import InputError
 from eval_report import run_report, write_html
 from files import free_bytes, step_folders
 from flags import Parser
@@ -64,8 +65,8 @@ CONTRADICTIONS = {
     "check_batching": ("samples", "html", "out"),
 }
 # Those that a run folder does not take
-ONE_CHECKPOINT = ("ablations", "silence", "shuffle_audio", "shuffle_choices", "samples")
-ONE_CHECKPOINT += ("check_batching", "html", "out")
+ONE_CHECKPOINT = ["ablations", "silence", "shuffle_audio", "shuffle_choices", "samples"]
+ONE_CHECKPOINT += ["check_batching", "html", "out"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -123,7 +124,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature is not None and not args.samples:
         parser.error("--temperature needs --samples: without it, decoding is greedy")
     args.temperature = 1.0 if args.temperature is None else args.temperature
-    for name in ONE_CHECKPOINT if step_folders(Path(args.ckpt)) else ():
+    for name in ONE_CHECKPOINT if step_folders(Path(args.ckpt)) else []:
         if name in given:
             parser.error(f"--{name} needs one checkpoint, and {args.ckpt} is a run folder: name one of its step_*")
     if args.out is None and not os.path.isdir(args.ckpt) and not args.check_batching:

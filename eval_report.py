@@ -1,7 +1,4 @@
-"""Evaluations for people: all checkpoints of a run as a table and a picture, one checkpoint as a page to listen to.
-
-Files are written under a name that ends in ".unfinished" and renamed when complete.
-"""
+"""Evaluations for people: all checkpoints of a run as a table and a picture, one checkpoint as a page to listen to."""
 
 import csv
 import io
@@ -10,12 +7,27 @@ from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
-from data import InputError, Question
-from files import UNFINISHED, write_text
+from data import Question
+from errors import InputError
+from files import replacing, write_text
 from reward import guessing
 from scores import (
-    FIELDS, Score, accuracy_by, accuracy_rows, align, discordant, in_order, is_right, mcnemar_exact, p_text,
-    percent, read_predictions, require_same_questions, score_cells, visible, wilson_interval,
+    FIELDS,
+    Score,
+    accuracy_by,
+    accuracy_rows,
+    align,
+    discordant,
+    in_order,
+    is_right,
+    mcnemar_exact,
+    p_text,
+    percent,
+    read_predictions,
+    require_same_questions,
+    score_cells,
+    visible,
+    wilson_interval,
 )  # fmt: skip
 from web_page import escape as _e
 from web_page import web_page
@@ -60,10 +72,9 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
     chance = guessing([question.choices for question in questions])
     verdict = [*_best(correct), f"guessing would score {percent(chance, 1)}"]
 
-    path = Path(folder) / "mmau_scores"
-    write_text(Path(f"{path}.md"), _markdown(caption, rows, verdict))
-    write_text(Path(f"{path}.csv"), _csv(questions, correct, tasks))
-    _draw(f"{path}.png", caption, questions, correct, chance)
+    write_text(Path(folder, "mmau_scores.md"), _markdown(caption, rows, verdict))
+    write_text(Path(folder, "mmau_scores.csv"), _csv(questions, correct, tasks))
+    _draw(Path(folder, "mmau_scores.png"), caption, questions, correct, chance)
     return "\n".join([caption, align(rows, right=range(1, len(rows[0]))), *verdict])
 
 
@@ -96,10 +107,10 @@ def escape_markdown(text: str) -> str:
 
 def _markdown(caption: str, rows: list[tuple], verdict: list[str]) -> str:
     heading, *others = rows
-    caption, *heading = map(escape_markdown, (caption, *heading))
-    lines = ["| " + " | ".join(row) + " |" for row in (heading, *others)]
+    lines = ["| " + " | ".join(row) + " |" for row in (map(escape_markdown, heading), *others)]
     lines.insert(1, "|---|" + "---:|" * (len(heading) - 1))
-    return "\n".join(["# Accuracy by checkpoint", "", caption, "", *lines, "", *(f"- {line}" for line in verdict), ""])
+    lines = ["# Accuracy by checkpoint", "", escape_markdown(caption), "", *lines, ""]
+    return "\n".join([*lines, *(f"- {line}" for line in verdict), ""])
 
 
 def _csv(questions: list[Question], correct: dict[int, list[bool]], tasks: list[str]) -> str:
@@ -116,12 +127,9 @@ def _csv(questions: list[Question], correct: dict[int, list[bool]], tasks: list[
     return out.getvalue()
 
 
-def _draw(path: str, caption: str, questions: list[Question], correct: dict[int, list[bool]], chance: float) -> None:
+def _draw(path: Path, caption: str, questions: list[Question], correct: dict[int, list[bool]], chance: float) -> None:
     """Accuracy over steps: all questions with the 95% interval as a band, each task as a thin line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     def shares(scores):
         return [100 * score.correct / score.total for score in scores]
@@ -130,7 +138,8 @@ def _draw(path: str, caption: str, questions: list[Question], correct: dict[int,
     totals = [Score(sum(rights), len(rights)) for rights in correct.values()]
     lows, highs = zip(*((100 * low, 100 * high) for low, high in (wilson_interval(*score) for score in totals)))
     by_task = [accuracy_by(questions, rights, "task") for rights in correct.values()]
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     axis.fill_between(steps, lows, highs, color="C0", alpha=0.15, linewidth=0, label="95% interval")
     axis.vlines(steps, lows, highs, color="C0", alpha=0.5, linewidth=0.8)  # all that is seen of a single checkpoint's
     axis.plot(steps, shares(totals), color="C0", marker="o", linewidth=2, label=f"all {len(questions)} questions")
@@ -145,9 +154,8 @@ def _draw(path: str, caption: str, questions: list[Question], correct: dict[int,
     axis.set_xticks(steps if len(steps) <= 12 else steps[:: -(-len(steps) // 12)])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    figure.savefig(path + UNFINISHED, dpi=100, format="png")
-    plt.close(figure)
-    os.replace(path + UNFINISHED, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")
 
 
 # ---- a page to read and listen to ----
@@ -174,7 +182,7 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
     ]
     body = f"""<header>
 <h1>{_e(title)}</h1>
-{_html_table([questions[i] for i in scored], [correct[i] for i in scored])}
+{_html_table([questions[i] for i in scored], [bool(correct[i]) for i in scored])}
 </header>
 <form id="filter">
 <label><input type="checkbox" name="wrong"> wrong only</label>

@@ -54,9 +54,10 @@ def _prompt(step: Step, args) -> list:
 
 def _group(step: Step, args) -> list:
     group, rewards = step.group, step.group.rewards[0].tolist()
-    rows = [("", "completion", "tokens", "accuracy", "format", "reward", "advantage")]
+    accuracy, format_ = group.accuracy[0].tolist(), group.format_[0].tolist()
+    rows: list[tuple[str, ...]] = [("", "completion", "tokens", "accuracy", "format", "reward", "advantage")]
     for i, text in enumerate(group.texts):
-        numbers = [f"{value:.0f}" for value in (group.accuracy[i], group.well_formed[i], rewards[i])]
+        numbers = [f"{value:.0f}" for value in (accuracy[i], format_[i], rewards[i])]
         size = str(len(step.updates[0].tokens[i]))
         rows.append((f"{i + 1}", repr(text), size, *numbers, num(step.advantages[i], signed=True)))
     formula = "advantage = (reward - mean) / (deviation + 0.0001)"
@@ -108,15 +109,16 @@ def _tokens(step: Step, update: Update, shown: int, number: int, args) -> list:
 
 
 def _cells(token: Token, digits: int) -> tuple[str, ...]:
-    with_reference = token.reference is not None
+    reference = [] if token.reference is None else [num(token.reference, digits)]
+    kl = [] if token.kl is None else [num(token.kl, digits)]
     return (
         repr(token.text),
         num(token.policy, digits),
         num(token.rollout, digits),
-        *([num(token.reference, digits)] if with_reference else []),
+        *reference,
         num(token.ratio, digits),
         "yes" if token.clipped else "no",
-        *([num(token.kl, digits)] if with_reference else []),
+        *kl,
         num(token.loss, digits),
         num(token.gradient, digits + 1),
     )
@@ -150,7 +152,7 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
         "token": "the step's mean length, so that all tokens weigh alike (--loss_average token, as in DAPO)",
         "constant": "--max_new_tokens, whatever its length (--loss_average constant, as in Dr. GRPO)",
     }[args.loss_average]
-    rows = [("", "tokens", "sum of loss terms", "divided by", "loss")]
+    rows: list[tuple[str, ...]] = [("", "tokens", "sum of loss terms", "divided by", "loss")]
     for i, tokens in enumerate(update.tokens, start=1):
         total, size = sum(token.loss for token in tokens), step.length or len(tokens)
         rows.append((f"{i}", f"{len(tokens)}", num(total), f"{size:g}", num(completion_loss(tokens, step.length))))
@@ -177,7 +179,8 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
 
 
 def _effect(step: Step, args) -> list:
-    rows = [("", "completion", "advantage", "log-prob before", "after", "probability before", "after", "factor")]
+    headings = ("", "completion", "advantage", "log-prob before", "after", "probability before", "after", "factor")
+    rows: list[tuple[str, ...]] = [headings]
     for i, (old, new, advantage) in enumerate(zip(step.before, step.after, step.advantages)):
         numbers = [f"{x:.4g}" for x in (math.exp(old), math.exp(new), math.exp(new - old))]
         text = repr(step.group.texts[i])

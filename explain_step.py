@@ -12,8 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import AUDIO_TOKEN, InputError, Question, step_indices
-from grpo_aqa import Rollout, accumulate_gradients, group_advantages, loss_length, make_reference
+from data import AUDIO_TOKEN, Question, step_indices
+from errors import InputError
+from grpo_aqa import (
+    Rollout,
+    accumulate_gradients,
+    group_advantages,
+    loss_length,
+    make_reference,
+    score_completions,
+)
 from lora import adapter_off, dropout_on
 from optimizer import ShardedAdamW
 from policy import (
@@ -26,7 +34,6 @@ from policy import (
     stop_token_ids,
     to_device,
 )
-from reward import accuracy_reward, format_reward
 from runtime import data_parallel
 from training import recomputes_layers
 
@@ -42,9 +49,12 @@ class Group:
     completions: Tensor  # [G, T]
     mask: Tensor  # [G, T]
     texts: list[str]
-    accuracy: Tensor  # [G]
-    well_formed: Tensor  # [G]
-    rewards: Tensor  # [1, G]
+    accuracy: Tensor  # rewards, [1, G]
+    format_: Tensor  # rewards, [1, G]
+
+    @property
+    def rewards(self) -> Tensor:
+        return self.accuracy + self.format_
 
 
 @dataclass
@@ -90,7 +100,7 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     seed = args.seed * 100_003  # the run's on rank 0
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
-    stop_ids, first = stop_token_ids(policy, processor), None
+    stop_ids, groups = stop_token_ids(policy, processor), []
     count = min(LOOK_THROUGH, len(questions))
     for number, i in enumerate(step_indices(len(questions), 0, count, 0, args.seed), start=1):
         prompt = to_device(encode_prompts(processor, [questions[i]], args.template), device)
@@ -99,14 +109,11 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
         sampling = args.group_size, args.max_new_tokens, args.temperature, stop_ids, generator
         completions, mask = sample_group(policy, prompt, *sampling)
         texts = decode_text(processor, completions, mask)
-        accuracy = torch.tensor([accuracy_reward(text, questions[i].answer) for text in texts])
-        well_formed = torch.tensor([format_reward(text, args.template) for text in texts])
-        rewards = (accuracy + well_formed)[None]
-        group = Group(questions[i], prompt, completions, mask, texts, accuracy, well_formed, rewards)
-        if (rewards != rewards[0, 0]).any():
-            return group, number
-        first = first or group
-    return first, count
+        rewards = score_completions(texts, [questions[i]], args.template)
+        groups.append(Group(questions[i], prompt, completions, mask, texts, *rewards))
+        if (groups[-1].rewards != groups[-1].rewards[0, 0]).any():
+            return groups[-1], number
+    return groups[0], count
 
 
 def take_step(args, policy, processor, questions: list[Question], device: torch.device) -> Step:
@@ -206,7 +213,7 @@ def compare(completions: list[list[Token]], stats: dict[str, float], length: flo
     mine = {"loss": [completion_loss(tokens, length) for tokens in completions]}
     mine["clip_fraction"] = [statistics.fmean(token.clipped for token in tokens) for tokens in completions]
     if "kl" in stats:
-        mine["kl"] = [statistics.fmean(token.kl for token in tokens) for tokens in completions]
+        mine["kl"] = [statistics.fmean(token.kl or 0.0 for token in tokens) for tokens in completions]
     for name, values in mine.items():
         mean, largest = statistics.fmean(values), max(map(abs, values))
         if not abs(mean - stats[name]) <= 1e-5 * (1 + largest):  # float32 rounds; NaN is no match

@@ -7,13 +7,15 @@ such a name is ignored, and removed when the run continues.
 import os
 import re
 import shutil
+import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from data import InputError
+from errors import InputError
 
 UNFINISHED = ".unfinished"
 
@@ -49,6 +51,7 @@ def begin_folder(folder: Path) -> Path:
 
 
 def finish_folder(folder: Path) -> None:
+    """Give begin_folder's folder its name, in place of one that has it already."""
     unfinished = folder.with_name(folder.name + UNFINISHED)
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
@@ -64,13 +67,30 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or as it was before, in a folder that is made if it is missing."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`with replacing(path) as unfinished:` the file `unfinished` is written, and then takes the place of `path`, in a
+    folder that is made if it is missing. Where writing fails, `path` is as it was before."""
     unfinished = path.with_name(path.name + UNFINISHED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths that are not UTF-8
+    yield unfinished
     sync(unfinished)
     unfinished.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths that are not UTF-8
+
+
+def kind_of_file(path: str) -> str:
+    """What a path is that is not a regular file: "folder", "named pipe", "broken link" or "device"."""
+    if os.path.isdir(path):
+        return "folder"
+    if os.path.islink(path) and not os.path.exists(path):
+        return "broken link"
+    return "named pipe" if stat.S_ISFIFO(os.stat(path).st_mode) else "device"
 
 
 # ---- the disk ----
@@ -106,7 +126,7 @@ def what_is_saved(out: Path) -> str:
 
 
 @contextmanager
-def writing(path: Path, out: Path):
+def writing(path: Path, out: Path) -> Iterator[None]:
     """Inside `with`, what fails to be written to `path` in the run folder `out` ends in an InputError."""
     try:
         yield

@@ -53,8 +53,8 @@ LIMITS = {
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that keeps numbers within LIMITS and says a mistake in one line, on rank 0 alone."""
 
-    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
-        parsed = super().parse_args(*args, **kwargs)
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
         for name, given in vars(parsed).items():
             for value in given if isinstance(given, list) else [given]:
                 if type(value) in (int, float) and (wrong := outside_limits(name, value)):

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data import build_prompt
+from data import Question, build_prompt
 from decoding import GroupDecoder
 from lora import adapter_off, dropout_on
 from metrics import log_completions
@@ -116,6 +116,7 @@ def grpo_loss(
 
     stats = {}
     if beta != 0:
+        assert ref_logprobs is not None, "a KL penalty needs the reference's log-probs"
         log_ref_ratio = ref_logprobs.float().masked_fill(~mask, 0).detach() - logprobs
         kl = log_ref_ratio.exp() - log_ref_ratio - 1
         per_token_loss = per_token_loss + beta * kl
@@ -138,6 +139,14 @@ def loss_length(mask: Tensor, loss_average: str, max_new_tokens: int) -> float |
     if loss_average == "token":
         return mean_length(mask)
     return float(max_new_tokens) if loss_average == "constant" else None
+
+
+def score_completions(texts: list[str], questions: list[Question], template: str) -> tuple[Tensor, Tensor]:
+    """Accuracy and format reward of B * G texts, G about each of B questions in turn, [B, G] each, on the CPU."""
+    answers = [question.known_answer for question in questions for _ in range(len(texts) // len(questions))]
+    accuracy = torch.tensor([accuracy_reward(text, answer) for text, answer in zip(texts, answers)])
+    format_ = torch.tensor([format_reward(text, template) for text in texts])
+    return accuracy.view(len(questions), -1), format_.view(len(questions), -1)
 
 
 @dataclass
@@ -213,15 +222,15 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     for step, lr, batch, prompt, clock in steps_to_take(args, run, learner, device):
         # 2. G completions of each.
         with clock("sample"):
-            sampling = args.group_size, args.max_new_tokens, args.temperature, stop_ids, learner.generator, decoder
-            completions, mask = sample_group(policy, prompt, *sampling)
+            sizes = args.group_size, args.max_new_tokens
+            completions, mask = sample_group(
+                policy, prompt, *sizes, args.temperature, stop_ids, learner.generator, decoder
+            )
 
         # 3. Rewards and advantages, [B, G].
         texts = decode_text(processor, completions, mask)
-        answers = [question.answer for question in batch for _ in range(args.group_size)]
-        accuracy = torch.tensor([accuracy_reward(text, answer) for text, answer in zip(texts, answers)])
-        well_formed = torch.tensor([format_reward(text, args.template) for text in texts])
-        rewards = (accuracy + well_formed).view(len(batch), args.group_size)
+        accuracy, format_ = score_completions(texts, batch, args.template)
+        rewards = accuracy + format_
         advantages = group_advantages(rewards, args.normalize_std == "on")
 
         # 4. Log-probs of the reference and, if it is about to be updated more than once, of the policy that sampled.
@@ -256,7 +265,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(dim=1).mean().item(),  # within groups: what advantages are made of
             "accuracy": accuracy.mean().item(),
-            "format": well_formed.mean().item(),
+            "format": format_.mean().item(),
             "completion_tokens": mask.sum(dim=1).float().mean().item(),
             "equal_reward_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
             "grad_norm": grad_norm,

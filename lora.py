@@ -12,6 +12,7 @@ import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from data import InputError
+from errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 ADAPTER = "default"  # peft's name of a model's only adapter
@@ -58,7 +59,7 @@ def add_lora(
         raise InputError(f"--lora_targets: {named}; {base} has {', '.join(sorted(linear))}")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft computes with it as with any number
         lora_dropout=dropout,
         target_modules=targets,
         exclude_modules=r"model\.audio_tower\..*" if freeze_audio_tower else None,
@@ -68,12 +69,14 @@ def add_lora(
         inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)  # with weights that have no data yet
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
-        like, a, b = layer.get_base_layer().weight, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        like = layer.get_base_layer().get_parameter("weight")
         dtype = torch.promote_types(like.dtype, torch.float32)
-        random = torch.empty(a.weight.shape, dtype=dtype, device="cpu")  # where the seed gives the same everywhere
+        # On the CPU, where the seed gives the same everywhere.
+        random = torch.empty(a.get_parameter("weight").shape, dtype=dtype, device="cpu")
         nn.init.kaiming_uniform_(random, a=math.sqrt(5), generator=generator)  # as peft and the paper's code do
         a.weight = nn.Parameter(random.to(like.device))
-        b.weight = nn.Parameter(torch.zeros(b.weight.shape, dtype=dtype, device=like.device))
+        b.weight = nn.Parameter(torch.zeros(b.get_parameter("weight").shape, dtype=dtype, device=like.device))
     model.eval()  # new modules begin in training mode
 
 
@@ -180,7 +183,7 @@ def merge_adapter(model, folder: str) -> None:
     config.inference_mode = True
     inject_adapter_in_model(config, model, ADAPTER)
     cast_adapter_dtype(model, ADAPTER)  # to float32
-    loaded = set_peft_model_state_dict(model, weights, ADAPTER)
+    loaded: Any = set_peft_model_state_dict(model, weights, ADAPTER)
     missing = [name for name in loaded.missing_keys if ".lora_" in name]
     if missing or loaded.unexpected_keys:
         what, names = ("lacks", missing) if missing else ("has no place for", loaded.unexpected_keys)

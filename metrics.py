@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files import UNFINISHED, write_text, writing
+from files import replacing, write_text, writing
 
 # ---- a line at a time ----
 
@@ -94,10 +94,7 @@ def draw_curves(out: Path) -> None:
 
     What is no number is a gap: a picture is no reason to end a run.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # here, because it takes a second that most commands need not wait
 
     metrics = [record for record in map(_parse_line, _complete_lines(out / "metrics.jsonl")) if record]
     steps = [m["step"] for m in metrics]
@@ -105,8 +102,8 @@ def draw_curves(out: Path) -> None:
     if not shown:
         return
     columns = math.ceil(len(shown) / 2)
-    size = 4 * columns, 6
-    figure, axes = plt.subplots(2, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4 * columns, 6), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True, squeeze=False)
     for axis, name in zip(axes.flat, shown):
         values = torch.tensor([_number(m.get(name)) for m in metrics])
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
@@ -117,11 +114,10 @@ def draw_curves(out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    unfinished = out / f"curves.png{UNFINISHED}"
-    figure.savefig(unfinished, dpi=90, format="png")
-    plt.close(figure)
+    with replacing(out / "curves.png") as unfinished:
+        figure.savefig(unfinished, dpi=90, format="png")
+    del figure, axes, axis
     gc.collect()  # a figure is full of reference cycles, some MB that would wait for long
-    unfinished.replace(out / "curves.png")
 
 
 def _number(value) -> float:

@@ -44,13 +44,14 @@ class ShardedAdamW:
         The gradients are those that DistributedDataParallel leaves, the same on all ranks. Raises FloatingPointError,
         on all of them and with nothing changed, if the norm is infinite or not a number.
         """
-        grad_norm = global_norm([parameter.grad for parameter in self.parameters.values()])
+        grads = {name: grad for name, p in self.parameters.items() if (grad := p.grad) is not None}
+        grad_norm = global_norm(list(grads.values()))
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the norm of the gradient is {grad_norm}")
         scale = min(1.0, max_grad_norm / (grad_norm + 1e-6))
         for name, state in self.state.items():
-            parameter, master = self.parameters[name], state["master"]
-            grad = parameter.grad.to(master.dtype).mul_(scale)  # one float32 gradient at a time
+            master = state["master"]
+            grad = grads[name].to(master.dtype).mul_(scale)  # one float32 gradient at a time
             moments = [state["exp_avg"]], [state["exp_avg_sq"]], []
             adamw(
                 [master], [grad], *moments, [state["step"]],
@@ -58,8 +59,8 @@ class ShardedAdamW:
             )  # fmt: skip
             del grad
         self.send_weights()
-        for parameter in self.parameters.values():
-            parameter.grad.zero_()  # not None: it stays a view into DistributedDataParallel's buckets
+        for grad in grads.values():
+            grad.zero_()  # not None: it stays a view into DistributedDataParallel's buckets
         return grad_norm
 
     @torch.no_grad()
@@ -82,7 +83,7 @@ class ShardedAdamW:
 def assign_owners(sizes: dict[str, int], world_size: int) -> dict[str, int]:
     """A rank for each parameter such that all ranks hold about as much: largest first, to the rank with the least."""
     held, owners = [0] * world_size, {}
-    for name in sorted(sizes, key=sizes.get, reverse=True):
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
         owners[name] = held.index(min(held))
         held[owners[name]] += sizes[name]
     return owners

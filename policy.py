@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,10 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import logging
 
-from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
+from audio import SAMPLE_RATE, load_audio
+from data import Question, build_prompt
 from decoding import GroupDecoder
+from errors import InputError
 from lora import adapter_base, dropout_is_on, is_adapter, merge_adapter
 from preflight import check_model, loading_errors
 
@@ -53,9 +56,10 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
         with loading_errors(name_or_path):
             processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
             with _no_warnings():  # what does not fit, transformers says in a table, and load_policy in a line
-                model, loaded = Qwen2AudioForConditionalGeneration.from_pretrained(
+                both: Any = Qwen2AudioForConditionalGeneration.from_pretrained(
                     name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True
                 )
+            model, loaded = both
             if loaded["missing_keys"]:  # transformers would go on with random weights in their place
                 raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
     processor.tokenizer.padding_side = "left"
@@ -213,16 +217,14 @@ class GroupCache:
 
     def __init__(self):
         self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # by layer
-        self.group_size = None
+        self.group_size: int | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
         if self.group_size is None:
             self.prompt[layer] = keys.contiguous(), values.contiguous()
             return self.prompt[layer]
-        return tuple(
-            torch.cat([shared.repeat_interleave(self.group_size, dim=0), own], dim=2)
-            for shared, own in zip(self.prompt[layer], (keys, values))
-        )
+        prompt_keys, prompt_values = (shared.repeat_interleave(self.group_size, dim=0) for shared in self.prompt[layer])
+        return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
 
 
 def embed_prompt(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
@@ -287,16 +289,16 @@ def sample_group(
     stop = torch.tensor(stop_ids, device=hidden.device)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
-    completions, mask = [], []
+    columns, masks = [], []
     while True:
         tokens = torch.where(finished, stop[0], sample_tokens(model.lm_head(hidden), temperature, generator))
-        completions.append(tokens)
-        mask.append(~finished)
+        columns.append(tokens)
+        masks.append(~finished)
         finished = finished | torch.isin(tokens, stop)
-        if len(completions) == max_new_tokens or len(completions) % ASK_EVERY == 0 and finished.all():
+        if len(columns) == max_new_tokens or len(columns) % ASK_EVERY == 0 and finished.all():
             break
         hidden = decoder.step(tokens)
-    completions, mask = torch.stack(completions, dim=1), torch.stack(mask, dim=1)
+    completions, mask = torch.stack(columns, dim=1), torch.stack(masks, dim=1)
     length = int(mask.any(dim=0).sum())  # up to where the last one finished
     return completions[:, :length], mask[:, :length]
 
@@ -352,7 +354,8 @@ def completion_logprobs(
         for chunk in zip(hidden.split(LOGITS_CHUNK), completions[mask].split(LOGITS_CHUNK))
     ]
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return tuple(zeros.masked_scatter(mask, torch.cat(tensors)) for tensors in zip(*scores))
+    logprobs, entropy = (zeros.masked_scatter(mask, torch.cat(tensors)) for tensors in zip(*scores))
+    return logprobs, entropy
 
 
 def token_scores(lm_head, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

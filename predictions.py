@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from data import InputError
+from errors import InputError
 from files import check_folder, write_text
 from lora import adapter_base, is_adapter
 from reward import prediction

@@ -15,7 +15,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
-from data import InputError, Question, audio_seconds, build_prompt, find_questions, load_audio, report
+from audio import audio_seconds, load_audio
+from data import Question, build_prompt, find_questions
+from errors import InputError, list_problems
 from files import write_text
 from lora import adapter_base, is_adapter
 
@@ -52,7 +54,7 @@ def load_checked(
     usable = [question for question in questions if question.audio not in faults]
     if problems:
         problems += [] if skip_bad_audio else [f"{place}: {fault}" for place, fault in skipped.items()]
-        raise InputError(report(problems))
+        raise InputError(list_problems(problems))
     if skipped and not (skip_bad_audio and usable):
         raise InputError(bad_audio_report(skipped, len(questions), SKIP))
     if skipped:
@@ -63,7 +65,7 @@ def load_checked(
 def bad_audio_report(faults: dict[str, str], total: int, remedy: str) -> str:
     """How many of `total` questions have no usable clip, and the first of them. faults: by the question's place."""
     listed = [f"{place}: {fault}" for place, fault in faults.items()]
-    return report(listed, f"{len(faults)} of {total} questions have no usable clip", remedy)
+    return list_problems(listed, f"{len(faults)} of {total} questions have no usable clip", remedy)
 
 
 def check_headers(paths: list[str], cache: Path | None = None) -> dict[str, str]:
@@ -230,4 +232,4 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
                 f"are too long for the model's context of {context}; shorten or remove this question"
             )
     if problems:
-        raise InputError(report(problems, f"{len(problems)} questions are too long" if problems[1:] else ""))
+        raise InputError(list_problems(problems, f"{len(problems)} questions are too long" if problems[1:] else ""))

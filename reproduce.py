@@ -24,15 +24,28 @@ from pathlib import Path
 import torch
 
 import toy
-from data import InputError, digest, load_questions
+from data import digest, load_questions
+from errors import InputError
 from files import UNFINISHED, remove, step_folders, write_text
 from flags import Parser
 from preflight import CACHE, check_model, load_checked
 from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from reproduce_report import write_report
 from reproduce_rows import (
-    ROWS, Row, base_model, evaluation_command, finished_rows, is_finished, is_own, jobs, last_checkpoint,
-    predictions_file, row_folder, settings, sha256, training_command,
+    ROWS,
+    Row,
+    base_model,
+    evaluation_command,
+    finished_rows,
+    is_finished,
+    is_own,
+    jobs,
+    last_checkpoint,
+    predictions_file,
+    row_folder,
+    settings,
+    sha256,
+    training_command,
 )  # fmt: skip
 from training import TOY_PROMPTS
 
@@ -125,8 +138,8 @@ def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
     predictions = predictions_file(args, seed, row)
     if not predictions.exists():
         raise RowFailed(f"evaluation ended without {predictions}")
-    done = {"settings": own, "predictions_sha256": sha256(predictions)}
-    done |= {"evaluation_seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
+    done = {"settings": own, "predictions_sha256": sha256(predictions), "evaluation_seconds": seconds}
     write_text(folder / "row.json", json.dumps(done, indent=2) + "\n")
 
 
@@ -157,11 +170,12 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
     another Ctrl-C it is killed. Raises KeyboardInterrupt after either, and OSError at the end if the log can't be
     written.
     """
-    # In a session of its own, Ctrl-C reaches this process alone.
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     with open(log, "ab") as file:
         file.write(f"\n$ {shlex.join(command)}\n".encode())
-        process = subprocess.Popen(command, **options)
+        # In a session of its own: Ctrl-C reaches this process alone.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             error = _copy_output(process, file)
             status = process.wait()
@@ -186,6 +200,7 @@ def _copy_output(process: subprocess.Popen, log) -> OSError | None:
     Reads to the end, so that the process never waits, even when the terminal is gone or the log's disk is full.
     Returns what the log could not be written for.
     """
+    assert process.stdout is not None
     line, error, chunk = b"", None, None
     while chunk != b"":
         chunk = os.read(process.stdout.fileno(), 65536)
@@ -218,7 +233,7 @@ def _kill(process: subprocess.Popen) -> None:
 # ---- the table ----
 
 
-def check_folder(args: argparse.Namespace) -> None:
+def check_inputs(args: argparse.Namespace) -> None:
     """Check the user's files, and that args.out holds no other table. Raises InputError."""
     if args.toy:
         identity = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
@@ -254,7 +269,7 @@ def make_start(args: argparse.Namespace, seed: int) -> None:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run all rows that are not finished, and write the table after each. Returns the exit status."""
-    check_folder(args)
+    check_inputs(args)
     todo = [(seed, row) for seed, row in jobs(args) if not is_finished(args, seed, row)]
     print(f"{args.out}: {len(jobs(args)) - len(todo)} of {len(jobs(args))} rows are finished")
     needed = disk_bytes(args, todo)

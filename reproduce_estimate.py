@@ -8,13 +8,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
-from transformers import AutoConfig, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+from transformers import AutoConfig, Qwen2AudioForConditionalGeneration
 
 from bench_speed import count_flops, matmul_rate
 from checkpoint import checkpoint_bytes, state_bytes
-from data import InputError
+from errors import InputError
 from files import free_bytes
 from lora import adapter_base, add_lora, is_adapter
 from policy import pick_dtype
@@ -104,7 +105,7 @@ def scripts_choice() -> tuple[torch.dtype, torch.device]:
     return pick_dtype("auto", device), device
 
 
-def base_config(model: str) -> Qwen2AudioConfig:
+def base_config(model: str):
     """The configuration of a model or of an adapter's base."""
     while is_adapter(model):
         model = adapter_base(model)
@@ -121,7 +122,8 @@ def sizes(model: str) -> dict[bool, tuple[int, int]]:
     """
     dtype, _ = scripts_choice()
     with torch.device("meta"):
-        shapes = Qwen2AudioForConditionalGeneration(base_config(model)).to(dtype)
+        shapes: Any = Qwen2AudioForConditionalGeneration(base_config(model))
+        shapes.to(dtype)
     shapes.model.audio_tower.embed_positions.requires_grad_(False)  # as policy.load_policy has it
 
     full = checkpoint_bytes(shapes), state_bytes(shapes)

@@ -2,17 +2,25 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from statistics import mean, stdev
 
 from data import Question
 from eval_report import TASKS, escape_markdown
-from files import UNFINISHED, write_text
+from files import replacing, write_text
 from reproduce_rows import ROWS, jobs, predictions_file
 from reward import guessing
-from scores import Score, accuracy_by, discordant, in_order, is_right, mcnemar_exact, p_text, read_predictions
-from scores import wilson_interval
+from scores import (
+    Score,
+    accuracy_by,
+    discordant,
+    in_order,
+    is_right,
+    mcnemar_exact,
+    p_text,
+    read_predictions,
+    wilson_interval,
+)
 
 # MMAU test-mini, accuracy in percent (arXiv 2503.11197). Rows that are not here: the paper's figure is not known to us.
 PAPER = {
@@ -44,12 +52,12 @@ def results(args: argparse.Namespace, finished: list[tuple[int, str]]) -> dict:
             if shares:
                 spread[column] = {"mean": mean(shares), "min": min(shares), "max": max(shares)}
                 spread[column]["deviation"] = stdev(shares) if len(shares) > 1 else None
-        rows.append({"row": row.name, "title": row.title, "seeds": seeds, "spread": spread})
-        rows[-1]["paper"] = None if args.toy else PAPER.get(row.name)
+        paper = None if args.toy else PAPER.get(row.name)
+        rows.append({"row": row.name, "title": row.title, "seeds": seeds, "spread": spread, "paper": paper})
     tests = []
     for seed in sorted({seed for seed, _ in finished}):
-        pair = [rights.get((name, seed)) for name in COMPARED]
-        if None not in pair:
+        pair = [rights[name, seed] for name in COMPARED if (name, seed) in rights]
+        if len(pair) == len(COMPARED):
             only_first, only_second = discordant(*pair)
             tests.append({"seed": seed, "a": COMPARED[0], "b": COMPARED[1], "only_a": only_first})
             tests[-1] |= {"only_b": only_second, "p": mcnemar_exact(only_first, only_second)}
@@ -112,8 +120,7 @@ def markdown(args: argparse.Namespace, found: dict) -> str:
         escape_markdown(f"Model: {found['model']}. {found['questions']} questions of {args.mmau}{noise}."),
         f"Every trained row: {args.steps} steps on the same questions in the same order, evaluated by its last "
         "checkpoint, greedily, with the template it was trained with.",
-        "Accuracy in percent by MMAU's rule; average: over all questions. "
-        "In brackets: 95% Wilson intervals.",
+        "Accuracy in percent by MMAU's rule; average: over all questions. In brackets: 95% Wilson intervals.",
     ]
     if found["seeds"] > 1:
         lines[-1] += f" Of {found['seeds']} seeds: mean ± standard deviation (lowest to highest)."
@@ -169,12 +176,10 @@ def _lines(table: list[list[str]]) -> list[str]:
 
 def draw(path: Path, args: argparse.Namespace, found: dict) -> None:
     """A bar a row: accuracy over all questions, with its interval or, for several seeds, each of them as a point."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis = figure.subplots()
     for place, row in enumerate(found["rows"]):
         seeds = [own["average"] for own in row["seeds"].values()]
         if not seeds:
@@ -200,7 +205,5 @@ def draw(path: Path, args: argparse.Namespace, found: dict) -> None:
     shown += "" if args.toy else "; diamonds: the paper"
     axis.set_xlabel(f"accuracy over all {found['questions']} questions (%); {shown}")
     axis.grid(axis="x", alpha=0.3)
-    unfinished = f"{path}{UNFINISHED}"
-    figure.savefig(unfinished, dpi=100, format="png")
-    plt.close(figure)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")

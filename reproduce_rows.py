@@ -17,7 +17,7 @@ class Row:
     name: str  # its folder, and its name for --rows
     title: str  # in the table
     template: str  # of training and evaluation
-    script: str | None = None  # what trains it; None evaluates the starting model
+    script: str = ""  # what trains it; without one, the starting model is evaluated
     lora: bool = False
 
 
@@ -131,7 +131,7 @@ def training_flags(args: argparse.Namespace, seed: int, row: Row) -> dict:
 
 
 def evaluation_flags(args: argparse.Namespace, row: Row) -> dict:
-    flags = {"template": row.template}
+    flags: dict = {"template": row.template}
     if args.toy:
         flags |= {"max_new_tokens": TOY_TOKENS, "dtype": "float32", "batch_size": 50}
     return flags

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from data import InputError
+from errors import InputError
 from policy import Prompt, completion_logprobs, load_policy
 
 # ---- processes ----
@@ -30,7 +30,7 @@ from policy import Prompt, completion_logprobs, load_policy
 # Set by setup_distributed:
 _launcher = None  # id of the process that started this one
 _patient_group = None  # of all ranks, for waits that have no right length: a download, a checkpoint of many GB
-_store = None  # key-value pairs that the ranks share
+_store: dist.Store  # key-value pairs that the ranks share
 _watching = threading.Event()  # cleared when this rank has nothing left to do that could fail
 
 
@@ -107,16 +107,16 @@ def on_rank_0(function):
     """
     if not dist.is_initialized():
         return function()
-    outcome = [None, None]
+    outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome = [function(), None]
         except (InputError, OSError) as error:
             outcome = [None, str(error)]
     dist.broadcast_object_list(outcome, group=_patient_group)
-    result, error = outcome
-    if error is not None:
-        raise SharedInputError(error)
+    result, failure = outcome
+    if failure is not None:
+        raise SharedInputError(failure)
     return result
 
 
@@ -242,8 +242,8 @@ class CompletionLogprobs(nn.Module):
         super().__init__()
         self.model, self.checkpointing = model, checkpointing
 
-    def forward(self, *inputs):
-        return completion_logprobs(self.model, *inputs, self.checkpointing)
+    def forward(self, prompt: Prompt, completions: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        return completion_logprobs(self.model, prompt, completions, mask, temperature, self.checkpointing)
 
 
 def data_parallel(model, prompt: Prompt, checkpointing: bool) -> DistributedDataParallel:

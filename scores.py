@@ -8,8 +8,10 @@ import math
 import os
 import re
 from collections import Counter, namedtuple
+from collections.abc import Iterable, Sequence
 
-from data import InputError, Question, parse_record, read_records
+from data import Question, parse_record, read_records
+from errors import InputError
 from reward import guessing, mmau_match
 
 Score = namedtuple("Score", "correct total")
@@ -68,7 +70,7 @@ def pass_at_k(correct: int, total: int, k: int) -> float:
 
 def is_right(question: Question, prediction: str) -> bool:
     """MMAU's rule, for a question that has an answer."""
-    return mmau_match(question.answer, prediction, question.choices)
+    return mmau_match(question.known_answer, prediction, question.choices)
 
 
 def read_predictions(path: str) -> tuple[list[Question], list[str]]:
@@ -165,7 +167,7 @@ def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bo
     that of McNemar's exact test on the same questions.
     """
     first = next(iter(correct_by_name.values()))
-    rows = [("", "accuracy", "95% interval", "right", "difference", "p")]
+    rows: list[tuple[str, ...]] = [("", "accuracy", "95% interval", "right", "difference", "p")]
     for group, indices in _groups(questions).items():
         rows.append((group,))
         for name, correct in correct_by_name.items():
@@ -205,11 +207,11 @@ def compare(path_a: str, path_b: str) -> str:
     verdict = "no difference can be told" if p >= 0.05 else f"{'A' if only_a > only_b else 'B'} is better"
     lines.append(f"only A right: {only_a}, only B right: {only_b}; McNemar's exact test: p = {p_text(p)}, {verdict}")
 
-    changed = [("", "id", "answer", "A's prediction", "B's prediction")]
-    for name, winner, loser in (("only A", *right), ("only B", *right[::-1])):
+    changed: list[tuple[str, ...]] = [("", "id", "answer", "A's prediction", "B's prediction")]
+    for name, (winner, loser) in (("only A", right), ("only B", right[::-1])):
         for i, won, lost in zip(scored, winner, loser):
             if won and not lost:
-                cells = (questions[i].id, questions[i].answer, said_a[i], said_b[i])
+                cells = questions[i].id, questions[i].known_answer, said_a[i], said_b[i]
                 changed.append((name, *map(_one_line, cells)))
     if len(changed) > 1:
         lines += ["", align(changed)]
@@ -241,16 +243,16 @@ def p_text(p: float) -> str:
     return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def align(rows: list[tuple], right=()) -> str:
+def align(rows: Iterable[tuple[str, ...]], right=()) -> str:
     """Rows of texts as lines with columns of even width; the columns in `right` are right-aligned.
 
     A row is one line whatever its texts hold: they may come from anybody's question file.
     """
-    rows = [[visible(cell) for cell in row] for row in rows]
-    widths = [max(len(row[c]) for row in rows if c < len(row)) for c in range(max(map(len, rows)))]
+    shown = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(len(row[c]) for row in shown if c < len(row)) for c in range(max(map(len, shown)))]
     return "\n".join(
         "  ".join(cell.rjust(widths[c]) if c in right else cell.ljust(widths[c]) for c, cell in enumerate(row)).rstrip()
-        for row in rows
+        for row in shown
     )
 
 
@@ -276,7 +278,7 @@ def discordant(a: list[bool], b: list[bool]) -> tuple[int, int]:
     return sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
 
 
-def _deviation(values: list[float]) -> float:
+def _deviation(values: Sequence[float]) -> float:
     """The unbiased standard deviation of two values or more."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -82,7 +82,7 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
     # 1. Questions: this rank's share of the step's batch, B of them.
     for step, lr, batch, prompt, clock in steps_to_take(args, run, learner, device):
         # 2. Their answers, [B, T], in equal parts: one forward and backward each (gradient accumulation).
-        texts = [target_text(question.answer, args.template) for question in batch]
+        texts = [target_text(question.known_answer, args.template) for question in batch]
         targets, mask = (tensor.to(device) for tensor in encode_targets(processor, texts))
         size = args.prompts_per_rank // args.accumulation_steps
         starts = range(0, args.prompts_per_rank, size)

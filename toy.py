@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,19 +28,12 @@ from transformers import (
     set_seed,
 )
 
+from audio import audio_seconds
 from checkpoint import save_checkpoint
 from contact_sheet import CLIPS, draw_contact_sheet, pick
-from data import (
-    AUDIO_TOKEN,
-    TEMPLATES,
-    InputError,
-    Question,
-    audio_seconds,
-    build_prompt,
-    load_questions,
-    target_text,
-)
-from files import check_folder
+from data import AUDIO_TOKEN, TEMPLATES, Question, build_prompt, load_questions, target_text
+from errors import InputError
+from files import begin_folder, check_folder, finish_folder
 from flags import Parser
 from policy import completion_logprobs, encode_prompts, encode_targets
 from preflight import load_checked
@@ -56,14 +48,14 @@ STEPS = 300  # of the warm start; enough for the form of think, the longest, and
 
 def make_tokenizer(questions: list[Question]) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer: any text works, and the questions' own words become one token each."""
-    texts = [build_prompt(q, name) + warm_start_text(q.answer, name) for q in questions for name in TEMPLATES]
+    texts = [build_prompt(q, name) + warm_start_text(q.known_answer, name) for q in questions for name in TEMPLATES]
     texts += ["system\nYou are a helpful assistant.", "user\nAudio 1: \n", "assistant\n"] * 10  # the chat markup's
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=4096, min_frequency=4, show_progress=False)
     vocab_and_merges = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=vocab_and_merges["vocab"],
-        merges=[tuple(pair) for pair in vocab_and_merges["merges"]],
+        merges=[tuple(pair) for pair in vocab_and_merges["merges"]],  # type: ignore[misc]  # what it takes
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=SPECIAL_TOKENS,
@@ -76,7 +68,7 @@ def make_model(questions: list[Question], seconds: int, seed: int):
     tokenizer.padding_side = "left"
     processor = Qwen2AudioProcessor(WhisperFeatureExtractor(feature_size=MEL_BINS, chunk_length=seconds), tokenizer)
     initializer_range = 0.08  # about 1 / sqrt(hidden size); the usual 0.02 suits far wider models and stalls this one
-    config = Qwen2AudioConfig(
+    config = Qwen2AudioConfig(  # type: ignore[call-arg]  # its own type hints know less than it takes
         audio_config=dict(
             model_type="qwen2_audio_encoder",
             num_mel_bins=MEL_BINS,
@@ -98,7 +90,7 @@ def make_model(questions: list[Question], seconds: int, seed: int):
             max_position_embeddings=2048,
             initializer_range=initializer_range,
         ),
-        audio_token_index=tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
+        audio_token_index=tokenizer.get_vocab()[AUDIO_TOKEN],
         initializer_range=initializer_range,
     )
     set_seed(seed)
@@ -128,7 +120,7 @@ def warm_start(model, processor, questions: list[Question], steps: int, random_a
     for step in bar:
         template = list(TEMPLATES)[step % len(TEMPLATES)]
         batch = [questions[i] for i in rng.choice(len(questions), 16)]
-        answers = [rng.choice(q.choices) if rng.random() < random_answers else q.answer for q in batch]
+        answers = [rng.choice(q.choices) if rng.random() < random_answers else q.known_answer for q in batch]
         completions, mask = encode_targets(processor, [warm_start_text(answer, template) for answer in answers])
         prompt = encode_prompts(processor, batch, template)
         logprobs, _ = completion_logprobs(model, prompt, completions, mask, temperature=1.0)
@@ -160,13 +152,10 @@ def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.
 
     It is there as a whole or not at all, also where a run is killed meanwhile.
     """
-    if folder.exists():
-        return
-    print(f"making sounds and questions in {folder}", flush=True)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
-    unfinished.rename(folder)
+    if not folder.exists():
+        print(f"making sounds and questions in {folder}", flush=True)
+        write_world(begin_folder(folder), heldout_noise=heldout_noise, label_noise=label_noise)
+        finish_folder(folder)
 
 
 def make_base(
@@ -179,14 +168,10 @@ def make_base(
     save_checkpoint(out, model, processor)
 
 
-def draw_examples(file: str | None, audio_dir: str | None, out: str | None, seed: int) -> str:
-    """Draw some questions of a file, or of the toy's world, with their clips. Returns the picture's path."""
-    if file is None:
-        train = paths(TOY)[1]
-        make_world(train.parent)
-        file, out = str(train), out or str(TOY / "listen.png")
-    draw_contact_sheet(out, pick(load_questions(file, audio_dir), CLIPS, seed), MEL_BINS, MAX_SECONDS)
-    return out
+def draw_examples(questions: list[Question], out: Path, seed: int) -> None:
+    """Draw some of the questions with their clips, as the tiny model hears them."""
+    draw_contact_sheet(out, pick(questions, CLIPS, seed), MEL_BINS, MAX_SECONDS)
+    print(f"picture: {out}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -216,8 +201,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.listen and args.questions:
+        draw_examples(load_questions(args.questions, args.audio_dir), Path(args.out), args.seed)
+        return
     if args.listen:
-        print(f"picture: {draw_examples(args.questions, args.audio_dir, args.out, args.seed)}")
+        train = paths(TOY)[1]
+        make_world(train.parent)
+        draw_examples(load_questions(str(train)), Path(args.out or TOY / "listen.png"), args.seed)
         return
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")

@@ -21,7 +21,8 @@ from tqdm import tqdm
 import toy
 from answering import heldout_table, score_greedily
 from checkpoint import find_state, load_state, note_bad_clips, open_run, save_run
-from data import SHOWN, TEMPLATES, InputError, Question, digest, step_indices
+from data import TEMPLATES, Question, digest, step_indices
+from errors import SHOWN, InputError
 from files import check_folder, what_is_saved
 from flags import Parser
 from lora import add_lora
@@ -66,7 +67,7 @@ LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the 
 LORA_LR = 10  # times the learning rate of full fine-tuning is about LoRA's best one (thinkingmachines.ai/blog/lora)
 
 
-def add_setting(parser: argparse.ArgumentParser, name: str, default, help: str, **kwargs) -> None:
+def add_setting(parser: argparse._ActionsContainer, name: str, default, help: str, **kwargs) -> None:
     """Add --name to the command line, of its default's type; the help line shows the default."""
     kind, shown = (str, "") if default is None else (type(default), " [%(default)s]")
     parser.add_argument(f"--{name}", default=default, type=kind, help=help + shown, **kwargs)
@@ -316,7 +317,7 @@ def update(args: argparse.Namespace, learner: Learner, step: int, lr: float, los
 
     Raises SharedInputError, with the weights as before, if the norm or any rank's loss is not finite.
     """
-    learns = mean_over_ranks({"finite": float(math.isfinite(loss))}, learner.policy.device)["finite"] == 1
+    learns = mean_over_ranks({"finite": float(math.isfinite(loss))}, learner.generator.device)["finite"] == 1
     try:
         if learns:
             return learner.optimizer.step(lr, args.max_grad_norm)

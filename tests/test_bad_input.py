@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from forked import Forker
 from safetensors.torch import load_file, save_file
 
 import toy
-from forked import Forker
 
 TRAIN = ["grpo_aqa.py", "--steps", "1", "--max_new_tokens", "4", "--accumulation_steps", "1"]
 PLAIN = {"audio": "good.wav", "question": "What is it?", "choices": ["rain", "a bell"], "answer": "rain"}

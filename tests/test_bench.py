@@ -15,8 +15,8 @@ import toy
 from bench_memory import count, measure
 from bench_models import GB, NO_STOP, build_model, make_prompt, trainable
 from bench_speed import allocated
-from data import InputError
 from decoding import GroupDecoder
+from errors import InputError
 from policy import LOGITS_CHUNK, completion_logprobs, sample_group
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import soundfile
 
 import toy
 from contact_sheet import bin_of, draw_contact_sheet, lines_of, log_mel, pick
-from data import InputError, Question, load_questions
+from data import Question, load_questions
+from errors import InputError
 from toy_world import KINDS, write_world
 
 
@@ -72,12 +73,12 @@ def test_picture(questions, tmp_path):
     soundfile.write(tmp_path / "quiet$_$.wav", np.full(16_000, 1e-3), 16_000)
     odd = asked("costs $5 and $\\frac", "$", ["$", ""], str(tmp_path / "quiet$_$.wav"))
     path = tmp_path / "new" / "sheet.png"
-    draw_contact_sheet(str(path), [odd, *questions], 40, 30)
+    draw_contact_sheet(path, [odd, *questions], 40, 30)
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] == 1760 and picture[:, :, :3].std() > 0.1
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
     with pytest.raises(InputError, match="the picture cannot be written there"):
-        draw_contact_sheet(str(tmp_path), [odd], 40, 30)
+        draw_contact_sheet(tmp_path, [odd], 40, 30)
 
 
 # ---- the command ----

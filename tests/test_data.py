@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import InputError, Question, build_prompt, load_audio, load_questions, step_indices
+from audio import load_audio
+from data import Question, build_prompt, load_questions, step_indices
+from errors import InputError
 
 REAL_SOUNDS = Path(__file__).resolve().parents[2] / "shared" / "real_sounds"
 
@@ -26,9 +28,9 @@ def changed(record: dict, **fields) -> str:
     return json.dumps({key: value for key, value in {**record, **fields}.items() if value is not None})
 
 
-def write_clip(path, samples=np.full(1600, 0.1), rate=16_000, subtype="FLOAT"):
+def write_clip(path, samples=None, rate=16_000, subtype="FLOAT"):
     path.parent.mkdir(exist_ok=True)
-    soundfile.write(path, samples, rate, subtype=subtype)
+    soundfile.write(path, np.full(1600, 0.1) if samples is None else samples, rate, subtype=subtype)
 
 
 def load(folder, *lines, audio_dir=None):

@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import eval_report
-from data import InputError, Question
+from data import Question
+from errors import InputError
 from scores import mcnemar_exact, wilson_interval
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -158,7 +159,7 @@ EVIL = """<script>document.title = "x"</script> & "quotes" 'n' </article><img sr
 @pytest.fixture
 def page(tmp_path):
     """(path of a page of seven questions, their clips, their records) with texts and names made to break it."""
-    names = ["a b.wav", "#1?.wav", "ü%20 犬.wav", "it's \"q\"&.wav", "x:y.wav", "<b>.wav", "plain.wav"]
+    names = ["a b.wav", "#1?.wav", "ü%20 犬.wav", 'it\'s "q"&.wav', "x:y.wav", "<b>.wav", "plain.wav"]
     (tmp_path / "clips # ö").mkdir()
     clips = [tmp_path / "clips # ö" / name for name in names]
     for clip in clips:

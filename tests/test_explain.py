@@ -88,7 +88,7 @@ def test_a_difference_from_the_training_loop_is_an_error(name, wrong):
 @pytest.fixture
 def rewarded(monkeypatch):
     """A model with random weights is never right: here, a completion is by its text's length."""
-    monkeypatch.setattr(explain_step, "accuracy_reward", lambda text, answer: float(len(text) % 2))
+    monkeypatch.setattr(grpo_aqa, "accuracy_reward", lambda text, answer: float(len(text) % 2))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_the_step_is_plain_torchs(tiny, questions, one_process, exact, rewarded,
     mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
     step = take_step(args, mine, processor, questions, CPU)
     inputs = step.group.prompt, step.group.completions, step.group.mask, args.temperature
-    rewards = [float(len(text) % 2) + float(good) for text, good in zip(step.group.texts, step.group.well_formed)]
+    rewards = [float(len(text) % 2) + float(good) for text, good in zip(step.group.texts, step.group.format_[0])]
     mean = sum(rewards) / 6
     deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 5)
     assert step.advantages == pytest.approx([(r - mean) / (deviation + 1e-4) for r in rewards])
@@ -141,13 +141,13 @@ def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_proce
         calls.append(text)
         return float(len(calls) == 2 * 6 + 3)  # one completion of the third question
 
-    monkeypatch.setattr(explain_step, "accuracy_reward", reward)
+    monkeypatch.setattr(grpo_aqa, "accuracy_reward", reward)
     step = take_step(args, copy.deepcopy(model), processor, questions, CPU)
     assert step.looked_at == 3 and step.group.question.id == order[2] and len(calls) == 3 * 6
     assert step.advantages[2] == pytest.approx((1 - 1 / 6) / (1 / 6**0.5 + 1e-4)) == max(step.advantages)
     assert "Those before, 2, are passed over" in " ".join(to_text(explain.tell(step, args)).split())
 
-    monkeypatch.setattr(explain_step, "accuracy_reward", lambda text, answer: 1.0)
+    monkeypatch.setattr(grpo_aqa, "accuracy_reward", lambda text, answer: 1.0)
     step = take_step(args, copy.deepcopy(model), processor, questions, CPU)
     assert step.group.question.id == order[0] and not any(step.advantages)
     text = " ".join(to_text(explain.tell(step, args)).split())

@@ -14,7 +14,8 @@ import soundfile
 from forked import Forker
 
 import toy
-from data import InputError, Question, load_questions
+from data import Question, load_questions
+from errors import InputError
 from files import step_folders
 from policy import BadClip
 from training import replace_bad

@@ -15,8 +15,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import answering
+from audio import load_audio
 from checkpoint import remembered_template
-from data import TEMPLATES, InputError, build_prompt, load_audio, load_questions
+from data import TEMPLATES, build_prompt, load_questions
+from errors import InputError
 from eval_report import write_html
 from lora import adapter_base
 from metrics import cut_jsonl, draw_curves

@@ -1,4 +1,4 @@
-"""group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
+"""Rewards of groups; group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
 
 import math
 from argparse import Namespace
@@ -9,9 +9,18 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss, loss_length
+from data import Question
+from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss, loss_length, score_completions
 
-# ---- advantages ----
+# ---- rewards and advantages ----
+
+
+def test_each_text_is_scored_by_the_answer_of_its_question():
+    questions = [Question(answer, "", "?", ["a", "b"], answer) for answer in "ab"]
+    texts = ["<answer>a</answer>", "<answer>b</answer>", "a", "<answer>b</answer>", "<answer>a</answer>", "a"]
+    accuracy, format_ = score_completions(texts, questions, "answer")
+    assert accuracy.tolist() == [[1, 0, 1], [1, 0, 0]]
+    assert format_.tolist() == [[1, 1, 0], [1, 1, 0]]
 
 
 def test_advantages_are_per_group_with_the_unbiased_deviation():

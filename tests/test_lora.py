@@ -18,8 +18,8 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 import eval_mmau
 import lora
-import preflight
 import predictions
+import preflight
 from checkpoint import (
     REMEMBERED,
     checkpoint_bytes,
@@ -29,7 +29,7 @@ from checkpoint import (
     save_state,
     state_bytes,
 )
-from data import InputError
+from errors import InputError
 from lora import adapter_off, add_lora, dropout_on, lora_layers
 from optimizer import ShardedAdamW
 from policy import completion_logprobs, encode_prompts, load_policy, sample_group

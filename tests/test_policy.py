@@ -19,8 +19,10 @@ import policy
 import preflight
 import toy
 from answering import answer_questions
+from audio import SAMPLE_RATE, load_audio
 from checkpoint import save_checkpoint
-from data import SAMPLE_RATE, InputError, Question, build_prompt, load_audio
+from data import Question, build_prompt
+from errors import InputError
 from policy import completion_logprobs, encode_prompts, load_policy, sample_group, slice_prompt
 
 transformers.utils.logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 import preflight
-from data import InputError
+from errors import InputError
 from preflight import check_headers, load_checked
 
 

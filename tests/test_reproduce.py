@@ -27,7 +27,7 @@ import reproduce_estimate
 import reproduce_rows
 import sft_aqa
 import toy
-from data import InputError
+from errors import InputError
 from training import LORA_TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +123,8 @@ def expected(name, seed):
 def command_line(monkeypatch, *flags):
     """reproduce.py's exit status for these flags, run in this process."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--nproc_per_node", "1", "--steps", "3", *map(str, flags)])
-    before = [(ending, signal.getsignal(ending)) for ending in reproduce.ENDINGS]
+    before = [(ending, signal.getsignal(ending)) for ending in (*reproduce.ENDINGS, signal.SIGINT)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what is in the background without it
     try:
         return reproduce.main()
     finally:

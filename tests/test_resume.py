@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 
 import checkpoint
 from checkpoint import find_state, load_state, open_run, save_checkpoint, save_run, save_state
-from data import InputError, step_indices
+from data import step_indices
+from errors import InputError
 from files import remove, step_folders
 from metrics import cut_jsonl
 from optimizer import ShardedAdamW

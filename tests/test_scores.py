@@ -12,7 +12,8 @@ from fractions import Fraction
 import pytest
 
 import scores
-from data import InputError, Question
+from data import Question
+from errors import InputError
 from reward import mmau_match
 
 Z = 1.959964

@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 import grpo_aqa
 import sft_aqa
 import toy
-from data import InputError, build_prompt, load_audio, target_text
+from audio import load_audio
+from data import build_prompt, target_text
+from errors import InputError
 from policy import encode_prompts, encode_targets, slice_prompt
 from reward import accuracy_reward, format_reward
 from runtime import data_parallel, mean_over_ranks

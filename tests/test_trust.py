@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from checkpoint import load_state
-from data import InputError, Question
+from data import Question
+from errors import InputError
 from eval_report import write_html
 from files import check_folder, write_text
 
