@@ -51,13 +51,14 @@ def lines_of(question: Question) -> list[tuple[str, str, str]]:
     """The lines of text beside a clip, each with its color and weight; the right answer is among them."""
     asked = textwrap.wrap(question.question, LINE, max_lines=LINES, placeholder=" …")
     lines = [(line, "black", "bold") for line in asked]
-    choices = list(dict.fromkeys([*question.choices[: CHOICES - 1], question.answer or question.choices[-1]]))
-    choices = question.choices if len(question.choices) <= CHOICES else choices
+    choices = question.choices[:CHOICES]
+    if question.answer is not None and question.answer not in choices:  # of MMAU, it may be none of them
+        choices = [*question.choices[: CHOICES - 1], question.answer]
     for choice in choices:
         shown = textwrap.shorten(choice, LINE - 4, placeholder=" …") or choice[: LINE - 4]
         right = choice == question.answer
         lines.append((f"{'✓' if right else '–'} {shown}", RIGHT if right else "dimgray", "bold" if right else "normal"))
-    left_out = len(question.choices) - len(choices)
+    left_out = sum(choice not in choices for choice in question.choices)
     lines += [(f"   and {left_out} more", "dimgray", "normal")] * (left_out > 0)
     lines += [("   answer withheld", "dimgray", "normal")] * (question.answer is None)
     return lines

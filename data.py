@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import load_audio as load_audio  # a question's clip, for who looks for it here
+from audio import load_audio as load_audio  # not used here, but a name by which others import it
 from errors import InputError, list_problems
 from files import kind_of_file
 
@@ -206,13 +206,6 @@ def digest(questions: list[Question]) -> str:
     """A short text that differs where the questions, their clips' names, choices, answers or order differ."""
     content = [(q.question, os.path.basename(q.audio), q.choices, q.answer) for q in questions]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-
-
-def check_answers(questions: list[Question], path: str) -> None:
-    """Raise InputError if the answer of a question from the file `path` is withheld."""
-    withheld = [question.id for question in questions if question.answer is None]
-    if withheld:
-        raise InputError(f"{path}: question {withheld[0]} has no answer ({len(withheld)} such); give or remove them")
 
 
 def parse_record(record: dict, place: str, folder: str) -> Question:

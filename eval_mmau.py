@@ -25,7 +25,7 @@ from ablations import change, kinds, remark
 from answering import answer_questions
 from checkpoint import remembered_template, save_checkpoint
 from data import TEMPLATES, Question, parse_records, read_records
-from errors import InputError
+from errors import SHOWN, InputError
 from eval_report import run_report, write_html
 from files import free_bytes, step_folders
 from flags import Parser
@@ -54,7 +54,6 @@ from runtime import (
 from scores import ablation_table, accuracy_table, compare, is_right, percent, samples_table
 
 MMAU = "data/MMAU/mmau-test-mini.json"
-SHOWN = 20  # questions whose prediction depends on the batch, by name
 
 # ---- command line ----
 

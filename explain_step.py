@@ -100,7 +100,7 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     seed = args.seed * 100_003  # the run's on rank 0
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
-    stop_ids, groups = stop_token_ids(policy, processor), []
+    stop_ids, first = stop_token_ids(policy, processor), None
     count = min(LOOK_THROUGH, len(questions))
     for number, i in enumerate(step_indices(len(questions), 0, count, 0, args.seed), start=1):
         prompt = to_device(encode_prompts(processor, [questions[i]], args.template), device)
@@ -110,10 +110,12 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
         completions, mask = sample_group(policy, prompt, *sampling)
         texts = decode_text(processor, completions, mask)
         rewards = score_completions(texts, [questions[i]], args.template)
-        groups.append(Group(questions[i], prompt, completions, mask, texts, *rewards))
-        if (groups[-1].rewards != groups[-1].rewards[0, 0]).any():
-            return groups[-1], number
-    return groups[0], count
+        group = Group(questions[i], prompt, completions, mask, texts, *rewards)
+        if (group.rewards != group.rewards[0, 0]).any():
+            return group, number
+        first = first or group
+    assert first is not None, "there are no questions"
+    return first, count
 
 
 def take_step(args, policy, processor, questions: list[Question], device: torch.device) -> Step:

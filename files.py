@@ -70,12 +70,16 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """`with replacing(path) as unfinished:` the file `unfinished` is written, and then takes the place of `path`, in a
-    folder that is made if it is missing. Where writing fails, `path` is as it was before."""
+    folder that is made if it is missing. Where writing fails, `path` is as it was before and nothing is beside it."""
     unfinished = path.with_name(path.name + UNFINISHED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    yield unfinished
-    sync(unfinished)
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -44,7 +44,10 @@ class ShardedAdamW:
         The gradients are those that DistributedDataParallel leaves, the same on all ranks. Raises FloatingPointError,
         on all of them and with nothing changed, if the norm is infinite or not a number.
         """
-        grads = {name: grad for name, p in self.parameters.items() if (grad := p.grad) is not None}
+        grads = {}
+        for name, parameter in self.parameters.items():
+            assert parameter.grad is not None, f"{name} has no gradient"
+            grads[name] = parameter.grad
         grad_norm = global_norm(list(grads.values()))
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the norm of the gradient is {grad_norm}")

@@ -223,8 +223,9 @@ class GroupCache:
         if self.group_size is None:
             self.prompt[layer] = keys.contiguous(), values.contiguous()
             return self.prompt[layer]
-        prompt_keys, prompt_values = (shared.repeat_interleave(self.group_size, dim=0) for shared in self.prompt[layer])
-        return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
+        prompt_keys, prompt_values = self.prompt[layer]
+        keys = torch.cat([prompt_keys.repeat_interleave(self.group_size, dim=0), keys], dim=2)
+        return keys, torch.cat([prompt_values.repeat_interleave(self.group_size, dim=0), values], dim=2)
 
 
 def embed_prompt(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:

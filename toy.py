@@ -33,14 +33,14 @@ from checkpoint import save_checkpoint
 from contact_sheet import CLIPS, draw_contact_sheet, pick
 from data import AUDIO_TOKEN, TEMPLATES, Question, build_prompt, load_questions, target_text
 from errors import InputError
-from files import begin_folder, check_folder, finish_folder
+from files import begin_folder, check_folder
 from flags import Parser
 from policy import completion_logprobs, encode_prompts, encode_targets
 from preflight import load_checked
 from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
-TOY = Path("runs/toy")  # where it is made
+FOLDER = Path("runs/toy")  # where the toy is made
 MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
 MEL_BINS = 40
 STEPS = 300  # of the warm start; enough for the form of think, the longest, and too few to master the questions
@@ -154,8 +154,9 @@ def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.
     """
     if not folder.exists():
         print(f"making sounds and questions in {folder}", flush=True)
-        write_world(begin_folder(folder), heldout_noise=heldout_noise, label_noise=label_noise)
-        finish_folder(folder)
+        unfinished = begin_folder(folder)
+        write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
+        unfinished.rename(folder)  # fails where another process was faster
 
 
 def make_base(
@@ -169,7 +170,8 @@ def make_base(
 
 
 def draw_examples(questions: list[Question], out: Path, seed: int) -> None:
-    """Draw some of the questions with their clips, as the tiny model hears them."""
+    """Draw some of the questions with their clips, as the tiny model hears them. Raises InputError."""
+    check_folder(out.parent, out)
     draw_contact_sheet(out, pick(questions, CLIPS, seed), MEL_BINS, MAX_SECONDS)
     print(f"picture: {out}")
 
@@ -194,6 +196,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
+    for name in ("skip_bad_audio", "random_answers", "steps") if args.listen else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} does not go with --listen")
+    if args.listen and args.out and not args.out.endswith(".png"):
+        parser.error("--listen draws a PNG picture: let --out end in .png")
     if args.audio_dir and not args.questions:
         parser.error("--audio_dir needs --questions")
     return args
@@ -205,9 +212,9 @@ def main() -> None:
         draw_examples(load_questions(args.questions, args.audio_dir), Path(args.out), args.seed)
         return
     if args.listen:
-        train = paths(TOY)[1]
+        train = paths(FOLDER)[1]
         make_world(train.parent)
-        draw_examples(load_questions(str(train)), Path(args.out or TOY / "listen.png"), args.seed)
+        draw_examples(load_questions(str(train)), Path(args.out or FOLDER / "listen.png"), args.seed)
         return
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")

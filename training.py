@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ from runtime import (
 # ---- settings ----
 
 # Without --model: made where they are missing, and shared by the scripts.
-TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, toy.paths(Path("runs/toy")))
+TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, toy.paths(toy.FOLDER))
 TOY_PROMPTS = 16  # of a step, shared by the ranks, so that the toy learns alike on 1, 2 and 8 processes
 MODEL_NAME = "<model's name>"  # in a default of --out
 LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the language model's; three, the tower's too
@@ -161,7 +162,7 @@ class Run:
 class Learner:
     """What a rank holds from step to step."""
 
-    policy: torch.nn.Module
+    policy: Any  # a Qwen2-Audio model
     processor: object
     ddp_policy: DistributedDataParallel  # policy.completion_logprobs, with gradients averaged over the ranks
     optimizer: ShardedAdamW
@@ -317,7 +318,7 @@ def update(args: argparse.Namespace, learner: Learner, step: int, lr: float, los
 
     Raises SharedInputError, with the weights as before, if the norm or any rank's loss is not finite.
     """
-    learns = mean_over_ranks({"finite": float(math.isfinite(loss))}, learner.generator.device)["finite"] == 1
+    learns = mean_over_ranks({"finite": float(math.isfinite(loss))}, learner.policy.device)["finite"] == 1
     try:
         if learns:
             return learner.optimizer.step(lr, args.max_grad_norm)

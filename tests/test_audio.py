@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 import soundfile
 
+import data
 from audio import load_audio
 from data import load_questions
 from errors import InputError
 
 REAL_SOUNDS = Path(__file__).resolve().parents[2] / "shared" / "real_sounds"
+
+
+def test_data_has_it_too():
+    assert data.load_audio is load_audio
 
 
 def tone(frequency, rate, amplitude=0.9):

@@ -62,6 +62,10 @@ def test_lines_mark_the_right_answer_and_keep_it_among_many():
     assert texts == ["What?", "– a", "✓ b"]
     texts = [line for line, *_ in lines_of(asked("What?", "z", "abcdefghz"))]
     assert texts == ["What?", "– a", "– b", "– c", "– d", "– e", "✓ z", "   and 3 more"]
+    texts = [line for line, *_ in lines_of(asked("What?", "b", "abcdefgh"))]
+    assert texts == ["What?", "– a", "✓ b", "– c", "– d", "– e", "– f", "   and 2 more"]
+    texts = [line for line, *_ in lines_of(asked("What?", "none of them"))]
+    assert texts == ["What?", "– a", "– b", "✓ none of them"]
     texts = [line for line, *_ in lines_of(asked("What?", None))]
     assert texts == ["What?", "– a", "– b", "   answer withheld"]
     texts = [line for line, *_ in lines_of(asked("long words " * 50, "a", ["a", "x" * 99, "many words " * 20]))]
@@ -78,7 +82,8 @@ def test_picture(questions, tmp_path):
     assert picture.shape[1] == 1760 and picture[:, :, :3].std() > 0.1
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
     with pytest.raises(InputError, match="the picture cannot be written there"):
-        draw_contact_sheet(tmp_path, [odd], 40, 30)
+        draw_contact_sheet(path.parent, [odd], 40, 30)
+    assert [file.name for file in path.parent.parent.iterdir() if "unfinished" in file.name] == []
 
 
 # ---- the command ----
@@ -116,6 +121,9 @@ def test_command_with_the_users_questions(questions, tmp_path, monkeypatch, caps
         (["--questions", "x"], "the following arguments are required: --out"),
         (["--listen", "--questions", "x"], "the following arguments are required: --out"),
         (["--listen", "--audio_dir", "x"], "--audio_dir needs --questions"),
+        (["--listen", "--steps", "3"], "--steps does not go with --listen"),
+        (["--listen", "--skip_bad_audio"], "--skip_bad_audio does not go with --listen"),
+        (["--listen", "--out", "questions.json"], "let --out end in .png"),
     ],
     ids=str,
 )

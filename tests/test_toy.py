@@ -69,7 +69,7 @@ def test_with_label_noise():
 
 def test_make_world_is_complete_or_not_there(tmp_path, monkeypatch):
     def killed(folder, **_):
-        folder.mkdir()
+        (folder / "audio").mkdir()
         (folder / "train.jsonl").touch()
         raise KeyboardInterrupt
 
