@@ -84,6 +84,14 @@ Path(flags["out"]).write_text(json.dumps(records))
 """
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Ctrl-C as in a terminal: shells start what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
     """A folder with scripts that take milliseconds, in place of those beside reproduce.py."""
@@ -123,8 +131,7 @@ def expected(name, seed):
 def command_line(monkeypatch, *flags):
     """reproduce.py's exit status for these flags, run in this process."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", "--nproc_per_node", "1", "--steps", "3", *map(str, flags)])
-    before = [(ending, signal.getsignal(ending)) for ending in (*reproduce.ENDINGS, signal.SIGINT)]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what is in the background without it
+    before = [(ending, signal.getsignal(ending)) for ending in reproduce.ENDINGS]
     try:
         return reproduce.main()
     finally:
