@@ -111,6 +111,7 @@ def test_memory_that_runs_out_is_one_line(config, monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_the_real_shape(monkeypatch, capsys, tmp_path):
     """Qwen2-Audio-7B has 8,397 million weights; no rank's share of the optimizer is much above that of rank 0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

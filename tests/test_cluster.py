@@ -42,7 +42,8 @@ def free_port():
 # ---- a job that is ended early ----
 
 
-@pytest.mark.parametrize("to", ["torchrun", pytest.param("one worker", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "one worker"])
 def test_sigterm_saves_and_resume_continues(folder, to):
     """Whoever gets the signal, all ranks stop after the same step, with a state of that step and a message."""
     out = f"ended_{to.replace(' ', '_')}"
@@ -62,6 +63,7 @@ def test_sigterm_saves_and_resume_continues(folder, to):
     assert_same_weights(folder / out / "step_000008", folder / "reference" / "step_000008")
 
 
+@pytest.mark.slow
 def test_dead_workers_are_replaced(folder):
     """torchrun starts all processes again, and they continue from the newest state without being told to."""
     with Start(folder, "restarted", torchrun=("--standalone", "--max_restarts=3")) as start:

@@ -16,6 +16,7 @@ from policy import load_policy
 from reward import format_reward, prediction
 from toy import warm_start_text
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
 METRICS = {
@@ -132,7 +133,6 @@ def test_second_run_finds_the_toy_and_loses_nothing(short_run):
 # ---- the promises of the README, minutes long ----
 
 
-@pytest.mark.slow
 def test_the_toy_learns_and_it_learns_by_listening(tmp_path):
     guessing, before, after, format_after = scores(run("grpo_aqa.py", cwd=tmp_path, processes=2))
     assert before <= 0.60 and after >= 0.90 and format_after >= 0.99
@@ -143,7 +143,6 @@ def test_the_toy_learns_and_it_learns_by_listening(tmp_path):
 REAL_FLAGS = ("--steps", 300, "--lr", 3e-4, "--prompts_per_rank", 8, "--accumulation_steps", 1, "--max_new_tokens", 16)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not REAL_SOUNDS.is_dir(), reason="no real recordings next to this checkout")
 def test_real_recordings_are_learned(tmp_path):
     questions = REAL_SOUNDS / "train_r1aqa.jsonl"

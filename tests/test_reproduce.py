@@ -509,6 +509,7 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     assert reproduce_estimate.time_text(args, todo) == f"unknown until the first of its kind has run: {unknown}"
 
 
+@pytest.mark.slow
 def test_time_that_a_real_table_takes_at_least(tiny, tmp_path, monkeypatch):
     """Nothing measured yet: the arithmetic of all trainings over a rate; GRPO's is more than supervised training's."""
     tiny[0].save_pretrained(tmp_path / "m")
