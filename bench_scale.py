@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import median
 
 from bench_models import Rank, lone_rank, make_prompt, make_rank, save_results
-from bench_speed import PHASES, checkpoints, describe, hardware, one_prompt_a_pass, start_result, timed_step
+from bench_speed import PHASES, describe, hardware, one_prompt_a_pass, start_result, timed_step
 from files import replacing
+from training import recomputes_layers
 
 SIZES = {
     "group_size": (2, 4, 8, 16, 32),
@@ -31,7 +32,7 @@ def bench_scale(args: argparse.Namespace) -> None:
     del result["clips"]
     print(f"\nscale: around {describe(args, args.clip_seconds)}")
     with lone_rank(ranks):
-        rank = make_rank(config, dtype, device, checkpoints(args, device))
+        rank = make_rank(config, dtype, device, recomputes_layers(args, device))
         curves = {}
         for name, values in SIZES.items():
             print(f"\n  {LABELS[name]:<28}" + "".join(f"{phase:>11}" for phase in (*PHASES, "step")))

@@ -43,6 +43,7 @@ from decoding import GroupDecoder
 from grpo_aqa import grpo_loss
 from policy import Prompt, completion_logprobs, sample_group
 from runtime import Clock
+from training import recomputes_layers
 
 PHASES = ("sample", "reference", "train", "update")
 
@@ -203,10 +204,6 @@ def one_prompt_a_pass(args: argparse.Namespace, **changed) -> argparse.Namespace
     return argparse.Namespace(**changed | {"accumulation_steps": changed["prompts_per_rank"]})
 
 
-def checkpoints(args: argparse.Namespace, device: torch.device) -> bool:
-    return args.gradient_checkpointing == "on" or args.gradient_checkpointing == "auto" and device.type == "cuda"
-
-
 def timed_step(rank: Rank, prompt: Prompt, args: argparse.Namespace, **way) -> dict[str, float]:
     """Seconds of a step, by phase."""
     clock = Clock(rank.generator.device)
@@ -243,7 +240,7 @@ def bench_step(args: argparse.Namespace) -> None:
     result, rate = start_result(args, ranks), matmul_rate(dtype, device)
     result["matmul_flops_per_s"] = rate
     with lone_rank(ranks):
-        rank = make_rank(config, dtype, device, checkpoints(args, device))
+        rank = make_rank(config, dtype, device, recomputes_layers(args, device))
         result["held_gb"] = held_bytes(rank) / GB
         for clip_seconds in args.clip_seconds:
             found = compare(rank, clip_seconds, args) | {"flops": count_flops(config, clip_seconds, args)}
@@ -338,7 +335,7 @@ def bench_train(args: argparse.Namespace) -> None:
     config, dtype, device, ranks = hardware()
     result, rate = start_result(args, ranks), matmul_rate(dtype, device)
     result["matmul_flops_per_s"] = rate
-    checkpointing = checkpoints(args, device)
+    checkpointing = recomputes_layers(args, device)
     with lone_rank(ranks):
         rank = make_rank(config, dtype, device, checkpointing)
         for clip_seconds in args.clip_seconds:

@@ -28,10 +28,8 @@ from metrics import cut_jsonl, draw_curves
 from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 
 # What a run leaves in its folder, beside step_000100/, step_000200/, ...
-RUN_FILES = [
-    *("config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"),
-    *("metrics.jsonl.damaged", "completions.jsonl.damaged"),
-]
+RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"]
+RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding (and what an
 # adapter's dropout drops).
 FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}

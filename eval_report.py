@@ -28,7 +28,7 @@ from scores import (
     score_cells,
     visible,
     wilson_interval,
-)  # fmt: skip
+)
 from web_page import escape as _e
 from web_page import web_page
 

@@ -215,7 +215,7 @@ def compare(completions: list[list[Token]], stats: dict[str, float], length: flo
     mine = {"loss": [completion_loss(tokens, length) for tokens in completions]}
     mine["clip_fraction"] = [statistics.fmean(token.clipped for token in tokens) for tokens in completions]
     if "kl" in stats:
-        mine["kl"] = [statistics.fmean(token.kl or 0.0 for token in tokens) for tokens in completions]
+        mine["kl"] = [statistics.fmean(token.kl for token in tokens) for tokens in completions]  # type: ignore[misc]
     for name, values in mine.items():
         mean, largest = statistics.fmean(values), max(map(abs, values))
         if not abs(mean - stats[name]) <= 1e-5 * (1 + largest):  # float32 rounds; NaN is no match

@@ -46,7 +46,7 @@ from reproduce_rows import (
     settings,
     sha256,
     training_command,
-)  # fmt: skip
+)
 from training import TOY_PROMPTS
 
 # ---- command line ----
