@@ -31,7 +31,8 @@ from policy import Prompt, completion_logprobs, load_policy
 _launcher = None  # id of the process that started this one
 _patient_group = None  # of all ranks, for waits that have no right length: a download, a checkpoint of many GB
 _store: dist.Store  # key-value pairs that the ranks share
-_watching = threading.Event()  # cleared when this rank has nothing left to do that could fail
+_watcher: threading.Thread | None = None  # ends this process once another rank has failed
+_finished = threading.Event()  # set when this rank has nothing left to do that could fail: the watcher ends
 
 
 def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, int, torch.device]:
@@ -51,7 +52,7 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
         device, backend = torch.device("cpu"), "gloo"
         if gpus and local_rank == 0:
             print(f"{local_size} processes share {gpus} GPU(s): running on the CPU", flush=True)
-    global _launcher, _patient_group, _store
+    global _launcher, _patient_group, _store, _watcher
     _store = _meet(rank, world_size) if "RANK" in os.environ else dist.HashStore()  # without torchrun: nobody to meet
     dist.init_process_group(
         backend,
@@ -64,8 +65,9 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
     _launcher = os.getppid()
     _patient_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     if world_size > 1:
-        _watching.set()
-        threading.Thread(target=_end_with_the_others, daemon=True).start()
+        _finished.clear()
+        _watcher = threading.Thread(target=_end_with_the_others, daemon=True)
+        _watcher.start()
     if rank != 0:
         disable_progress_bar()  # transformers' bars; one set of them is enough
     return rank, world_size, device
@@ -164,8 +166,7 @@ def finish_together(script: str, work, interrupted: str = "--resume continues fr
     except SharedInputError as error:
         if dist.get_rank() == 0:
             _say(f"{script}: error: {error}")
-        _watching.clear()
-        dist.destroy_process_group()
+        _leave()
         return 1
     except KeyboardInterrupt:
         _end_all(f"{script}: interrupted; {interrupted}", status=130)
@@ -176,9 +177,17 @@ def finish_together(script: str, work, interrupted: str = "--resume continues fr
             reason = " ".join(str(error).split())[:300]
             _end_all(f"{script}: error: rank {dist.get_rank()} has lost the others; was one killed? ({reason})")
         _end_all(f"{traceback.format_exc()}{script}: error: rank {dist.get_rank()}: {type(error).__name__}: {error}")
-    _watching.clear()
-    dist.destroy_process_group()
+    _leave()
     return 0
+
+
+def _leave() -> None:
+    """Leave the process group. The watcher ends first: a thread that is within torch's C++ code when the interpreter
+    shuts down takes the process with it (SIGABRT), and torchrun would report a run that is complete as failed."""
+    _finished.set()
+    if _watcher is not None:
+        _watcher.join()
+    dist.destroy_process_group()
 
 
 def _end_all(message: str, status: int = 1) -> NoReturn:
@@ -202,10 +211,9 @@ def _say(message: str) -> None:
 
 def _end_with_the_others() -> None:
     """In a thread: end this process once another rank has failed, even if it hangs in a collective on a GPU."""
-    while _watching.is_set():
-        time.sleep(0.5)
+    while not _finished.wait(0.5):
         try:
-            if _store.check([FAILED]) and _watching.is_set():
+            if _store.check([FAILED]) and not _finished.is_set():
                 os._exit(1)
         except RuntimeError:
             return  # the store is gone; collectives will fail, or exit_if_abandoned will tell
