@@ -1,10 +1,13 @@
-"""Shared by the tests: a tiny Qwen2-Audio with random weights, and questions about clips of different lengths."""
+"""Shared by the tests: a tiny Qwen2-Audio with random weights, questions about clips, an evaluation, a training run."""
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 import torch.distributed as dist
+from evaluation import arguments, evaluate, make_home
+from forked import Forker
+from training_runs import make_runs
 
 import runtime
 import toy
@@ -48,3 +51,34 @@ def one_process(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def forker():
+    """Runs commands that share the imports of one process."""
+    with Forker() as forker:
+        yield forker
+
+
+@pytest.fixture(scope="session")
+def mmau(tmp_path_factory):
+    """A folder with `model/`, of random weights, and `mmau.json`: 20 questions about clips of 0.3 to 2 s."""
+    folder = tmp_path_factory.mktemp("mmau")
+    make_home(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clean(mmau):
+    """The predictions file of an evaluation that nothing disturbed."""
+    assert evaluate(*arguments(mmau, mmau / "clean.json")) == 0
+    assert not list(mmau.glob("clean*partial*"))
+    return mmau / "clean.json"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with `base/`, `questions.jsonl` and a whole training run of 2 processes in `reference/`."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_runs(folder)
+    return folder

@@ -1,7 +1,7 @@
-"""Commands without the seconds that importing torch and transformers takes: one process does, and becomes each by a
-fork."""
+"""Processes without the seconds that importing torch and transformers takes: one does, and becomes each by a fork."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,7 +9,19 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import torch.multiprocessing as mp
+
 ROOT = Path(__file__).resolve().parents[1]
+multiprocessing.set_forkserver_preload(["transformers.models.qwen2_audio.modeling_qwen2_audio", "peft"])
+
+
+def run_processes(function, args, nprocs):
+    """Call function(rank, *args) in processes of their own, to the good end of all of them."""
+    mp.start_processes(function, args, nprocs, start_method="forkserver")
+
+
+# ---- commands ----
+
 Ended = namedtuple("Ended", "returncode stdout stderr")
 SERVER = """
 import json, os, sys, traceback

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from forked import Forker
 from safetensors.torch import load_file, save_file
 
 import toy
@@ -229,7 +228,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory, questions):
+def ended(tmp_path_factory, questions, forker):
     """Each command run in a folder of its own: name -> (exit status, standard error, the files it left)."""
     models = tmp_path_factory.mktemp("models")
     make_models(models, questions)
@@ -257,8 +256,7 @@ def ended(tmp_path_factory, questions):
             make_clip(folder / clip, content)
             (folder / "questions.jsonl").write_text(f"{GOOD}\n{changed(PLAIN, audio=clip)}")
         before[name] = files(folder)
-    with Forker() as forker:
-        done = {name: forker.run(folders[name], args) for name, args in COMMANDS.items()}
+    done = {name: forker.run(folders[name], args) for name, args in COMMANDS.items()}
     return {name: (*done[name][::2], before[name], files(folders[name])) for name in COMMANDS}
 
 

@@ -11,14 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from forked import Forker
 
 import toy
-from data import Question, load_questions
-from errors import InputError
+from data import load_questions
 from files import step_folders
-from policy import BadClip
-from training import replace_bad
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
@@ -82,12 +78,6 @@ def home(tmp_path_factory):
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     return folder
-
-
-@pytest.fixture(scope="module")
-def forker():
-    with Forker() as forker:
-        yield forker
 
 
 def command(out, switches, flags):
@@ -274,20 +264,6 @@ def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monk
 
 
 # ---- bad clips, met in the middle ----
-
-
-def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
-    """After the last comes the first; which one it is does not depend on what else is known to be bad."""
-    questions = [Question(str(i), f"{i}.wav", "What?", ["x", "y"], "x", place=f"line {i}") for i in range(5)]
-    q, known = questions, {}
-    assert replace_bad(q, known, [q[0], q[3]], BadClip(q[3], "is silent")) == [q[0], q[4]]
-    assert replace_bad(q, known, [q[0], q[4]], BadClip(q[4], "is silent")) == [q[0], q[0]]
-    assert replace_bad(q, known, [q[1], q[3]], BadClip(q[3], "is silent")) == [q[1], q[0]]
-    assert known == {"line 3": "is silent", "line 4": "is silent"}
-    for i in (0, 1):
-        replace_bad(q, known, [q[i]], BadClip(q[i], "is silent"))
-    with pytest.raises(InputError, match="no question has a usable clip"):
-        replace_bad(q, known, [q[2]], BadClip(q[2], "is silent"))
 
 
 def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):

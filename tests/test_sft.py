@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_processes
 
 import grpo_aqa
 import sft_aqa
@@ -140,7 +140,7 @@ def test_parts_and_processes_do_not_change_the_gradient(questions, tmp_path):
     for world_size, parts in ((1, 1), (1, 4), (2, 2)):
         folder = tmp_path / f"{world_size}_{parts}"
         folder.mkdir()
-        mp.spawn(shared_gradient, (world_size, parts, questions, str(folder)), nprocs=world_size)
+        run_processes(shared_gradient, (world_size, parts, questions, str(folder)), nprocs=world_size)
         outcomes.append(torch.load(folder / "0.pt"))
     for outcome in outcomes[1:]:
         assert outcome["loss"] == pytest.approx(outcomes[0]["loss"], rel=1e-5)

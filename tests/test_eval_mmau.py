@@ -1,0 +1,430 @@
+"""The evaluation: the same file each time, whatever the batch size, the number of processes and the interruptions."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from evaluation import BATCH, QUESTIONS, answers_in, arguments, evaluate, mmau_record
+
+import answering
+import eval_mmau
+import policy
+import runtime
+from checkpoint import save_checkpoint
+from reward import prediction
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The number of prompts of each batch that goes through the model."""
+    sizes, original = [], answering.sample_group
+
+    def counted(model, prompt, *args):
+        sizes.append(len(prompt["input_ids"]))
+        return original(model, prompt, *args)
+
+    monkeypatch.setattr(answering, "sample_group", counted)
+    return sizes
+
+
+# ---- the same file ----
+
+
+def test_the_predictions_file_is_the_input_and_the_answers(mmau, clean):
+    given, answered = json.loads((mmau / "mmau.json").read_text()), json.loads(clean.read_text())
+    added = ["model_prediction", "model_output", "completion"]
+    for before, after in zip(given, answered, strict=True):
+        assert list(after) == [*before, *added] and {key: after[key] for key in before} == before
+        assert after["model_prediction"] == after["model_output"] == prediction(after["completion"])
+    assert len(set(answers_in(clean))) > QUESTIONS / 2  # they do depend on the question
+
+
+@pytest.mark.parametrize("batch_size", [1, BATCH, 16])
+def test_batch_size_changes_no_prediction_and_a_second_run_no_byte(mmau, clean, tmp_path, batch_size, batches):
+    assert evaluate(*arguments(mmau, tmp_path / "a.json", "--batch_size", batch_size)) == 0
+    assert Counter(batches) == {1: {1: 20}, 3: {3: 6, 2: 1}, 16: {16: 1, 4: 1}}[batch_size]
+    assert (tmp_path / "a.json").read_bytes() == clean.read_bytes()
+
+
+def test_sampling(mmau, tmp_path, capsys):
+    """Reproducible, by seed; the prediction is the majority vote; the first sample stands as the completion."""
+    flags = ("--samples", 3, "--temperature", 0.9)
+    for name, extra in {"a": (), "b": (), "c": ("--seed", 1), "d": ("--temperature", 1e-4)}.items():
+        assert evaluate(*arguments(mmau, tmp_path / f"{name}.json", *flags, *extra)) == 0
+    assert "pass@" in capsys.readouterr().out
+    a, b, c, d = ((tmp_path / f"{name}.json").read_bytes() for name in "abcd")
+    assert a == b and a != c
+    for record in json.loads(a):
+        assert len(record["samples"]) == 3 and record["completion"] == record["samples"][0]
+        votes = Counter(prediction(text) for text in record["samples"])
+        assert votes[record["model_prediction"]] == max(votes.values())
+    assert sum(len(set(record["samples"])) > 1 for record in json.loads(a)) > QUESTIONS / 2
+    assert all(len(set(record["samples"])) == 1 for record in json.loads(d))  # as good as greedy
+
+
+# ---- interruptions ----
+
+KILLED = """
+import os, signal, sys
+import answering, eval_mmau
+sys.argv[0] = "eval_mmau.py"
+original, calls = answering.append_journal, []
+def append(path, answers):
+    original(path, answers)
+    calls.append(1)
+    if len(calls) == 3:
+        with open(path, "a") as file:
+            file.write('{"question": 19, "comple')
+        os.kill(os.getpid(), signal.SIGKILL)
+answering.append_journal = append
+eval_mmau.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(mmau):
+    """The predictions file that a SIGKILL has prevented; in its journal, three batches of seven and a torn line."""
+    out = mmau / "killed.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, *arguments(mmau, out, "--dtype", "bfloat16", "--samples", 2)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert not out.exists() and len(Path(f"{out}.partial.jsonl").read_text().split("\n")) == 1 + 3 * BATCH + 1
+    return out
+
+
+@pytest.fixture(scope="module")
+def sampled(mmau):
+    """What the killed evaluation would have written: two samples a question, in bfloat16."""
+    assert evaluate(*arguments(mmau, mmau / "sampled.json", "--dtype", "bfloat16", "--samples", 2)) == 0
+    return (mmau / "sampled.json").read_bytes()
+
+
+@pytest.mark.parametrize("lost, computed", [(0, 7 - 3), (1, 7 - 2)])
+def test_a_killed_evaluation_continues(mmau, killed, sampled, tmp_path, batches, lost, computed):
+    """To the very file; a batch that is not whole in the journal is computed again, with all of its questions."""
+    out = tmp_path / "out.json"
+    journal = Path(f"{killed}.partial.jsonl").read_text().splitlines(keepends=True)
+    Path(f"{out}.partial.jsonl").write_text("".join(journal[: len(journal) - 1 - lost] + journal[-1:]))
+    assert evaluate(*arguments(mmau, out, "--dtype", "bfloat16", "--samples", 2)) == 0
+    assert len(batches) == computed and batches[0] == BATCH
+    assert out.read_bytes() == sampled
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.settings.json"]
+
+
+def test_two_processes_continue_what_one_began(mmau, killed, sampled, tmp_path):
+    """They take the first three batches from the journal, where one answer has been changed to tell, and share four."""
+    out = tmp_path / "out.json"
+    journal = Path(f"{killed}.partial.jsonl").read_text().split("\n")
+    changed = json.loads(journal[1])
+    changed["completions"][0] = "from the journal"
+    Path(f"{out}.partial.jsonl").write_text("\n".join([journal[0], json.dumps(changed), *journal[2:]]))
+    torchrun(*arguments(mmau, out, "--dtype", "bfloat16", "--samples", 2))
+    answered, expected = json.loads(out.read_text()), json.loads(sampled)
+    assert answered[changed["question"]].pop("completion") == "from the journal"
+    for record in (answered[changed["question"]], expected[changed["question"]]):
+        for key in ("completion", "samples", "model_prediction", "model_output"):
+            record.pop(key, None)
+    assert answered == expected
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_two_processes_give_the_file_of_one(mmau, sampled, tmp_path):
+    printed = torchrun(*arguments(mmau, tmp_path / "out.json", "--dtype", "bfloat16", "--samples", 2))
+    assert (tmp_path / "out.json").read_bytes() == sampled
+    assert printed.count("predictions: ") == 1
+
+
+def torchrun(*flags):
+    """Run the script on two processes. Returns what it printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "eval_mmau.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *flags], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_journal_of_other_settings_is_not_used(mmau, clean, killed, tmp_path, batches, capsys):
+    out = tmp_path / "out.json"
+    shutil.copy(f"{killed}.partial.jsonl", f"{out}.partial.jsonl")
+    assert evaluate(*arguments(mmau, out)) == 0
+    assert len(batches) == 7 and out.read_bytes() == clean.read_bytes()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "partial" in line]
+    assert len(notes) == 1 and f"{out}.partial.jsonl.old" in notes[0]
+    assert Path(f"{out}.partial.jsonl.old").read_bytes() == Path(f"{killed}.partial.jsonl").read_bytes()
+
+
+# ---- bad audio ----
+
+
+@pytest.fixture
+def broken(mmau, tmp_path):
+    """A question file of which records 3, 5 and 20 have no usable clip: missing, no audio, 10 ms."""
+    records = json.loads((mmau / "mmau.json").read_text())
+    for i, name in ((2, "gone.wav"), (4, "noise.wav"), (19, "short.wav")):
+        records[i]["audio_id"] = str(tmp_path / name)
+    (tmp_path / "noise.wav").write_bytes(b"RIFF, not really")
+    soundfile.write(tmp_path / "short.wav", np.zeros(160), 16_000)
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_bad_audio_is_reported_before_weights_are_loaded(mmau, broken, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    flags = ("--data", broken, "--audio_dir", mmau)
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 1
+    message = capsys.readouterr().err
+    assert "error: 3 of 20 " in message and "--skip_bad_audio" in message
+    for number, name in ((3, "gone.wav"), (5, "noise.wav"), (20, "short.wav")):
+        assert re.search(rf"broken\.json, record {number}: .*{name}", message)
+    assert not list(tmp_path.glob("out*"))
+    capsys.readouterr()
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--audio_dir", tmp_path)) == 1  # all are missing
+    message = capsys.readouterr().err
+    assert "error: 20 of 20 " in message and message.count(": no audio file") == 20
+
+
+def test_what_cannot_be_written_is_reported_before_weights_are_loaded(mmau, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    (tmp_path / "file").write_text("")
+    for flags in (("--out", tmp_path), ("--out", tmp_path / "file" / "out.json"), ("--html", tmp_path)):
+        assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 1
+        assert str(flags[1]) in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_questions_that_hold_earlier_predictions(mmau, clean, tmp_path):
+    """Nothing of an earlier file is taken for this one's."""
+    earlier = {"error": "gone", "samples": ["?"], "completion": "?"}
+    records = [record | earlier for record in json.loads(clean.read_text())]
+    (tmp_path / "earlier.json").write_text(json.dumps(records))
+    flags = ("--data", tmp_path / "earlier.json", "--audio_dir", mmau)
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 0
+    assert (tmp_path / "out.json").read_bytes() == clean.read_bytes()
+
+
+def test_bad_audio_counts_as_wrong_where_it_is_skipped(mmau, broken, clean, tmp_path, monkeypatch, capsys):
+    """Each other question is predicted as before, and stands in the denominator as before."""
+    monkeypatch.setattr(eval_mmau, "is_right", lambda question, said: said != "")
+    flags = ("--data", broken, "--audio_dir", mmau, "--skip_bad_audio")
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 0
+    answered, expected = json.loads((tmp_path / "out.json").read_text()), json.loads(clean.read_text())
+    for i, (mine, theirs) in enumerate(zip(answered, expected, strict=True)):
+        if i in (2, 4, 19):
+            assert mine["error"] and mine["model_prediction"] == mine["model_output"] == mine["completion"] == ""
+        else:
+            assert mine["completion"] == theirs["completion"] and "error" not in mine
+    printed = capsys.readouterr().out
+    assert re.search(r"^all .*17/20", printed, re.MULTILINE) and "record 5: " in printed and "3 questions" in printed
+
+
+# ---- a run's checkpoints ----
+
+
+def test_a_run_folder(mmau, tmp_path, batches, capsys):
+    """Each checkpoint once; again where its weights or its predictions have changed; nothing that is unfinished."""
+    run = tmp_path / "run"
+    for step in (20, 100):
+        shutil.copytree(mmau / "model", run / f"step_{step:06}")
+    model, processor = policy.load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    shutil.rmtree(run / "step_000100")
+    save_checkpoint(run / "step_000100", model, processor)
+    shutil.copytree(mmau / "model", run / "step_000200.unfinished")
+    (run / "config.json").write_text('{"heldout": null}')
+    flags = ["--ckpt", run, *arguments(mmau, "none")[2:]]
+    flags = [flag for flag in flags if flag not in ("--out", "none")]
+
+    def answered():
+        del batches[:]
+        assert evaluate(*flags) == 0
+        return len(batches)
+
+    assert answered() == 2 * 7
+    files = [run / f"step_{step:06}" / "mmau_predictions.json" for step in (20, 100)]
+    assert answers_in(files[0]) != answers_in(files[1])
+    assert not (run / "step_000200.unfinished" / "mmau_predictions.json").exists()
+    printed = capsys.readouterr().out
+    assert 0 < printed.index("step_000020") < printed.index("step_000100") and "already" not in printed
+    whole = [path.read_bytes() for path in files]
+    assert answered() == 0 and capsys.readouterr().out.count("already there") == 2
+    files[1].write_bytes(whole[1].replace(b"id-7", b"id-8"))
+    assert answered() == 7
+    os.utime(run / "step_000020" / "model.safetensors")
+    assert answered() == 7
+    assert [path.read_bytes() for path in files] == whole
+    flags += ["--limit", 5]
+    assert answered() == 2 * 2 and len(answers_in(files[0])) == 5
+    assert [Path(f"{path}.old").read_bytes() for path in files] == whole
+    assert f"{files[0]}.old" in capsys.readouterr().out
+
+
+def test_a_broken_checkpoint_does_not_hide_the_others(mmau, tmp_path, capsys):
+    for step in (1, 2):
+        shutil.copytree(mmau / "model", tmp_path / f"step_{step:06}")
+    (tmp_path / "step_000001" / "model.safetensors").write_bytes(b"cut off")
+    flags = ("--data", mmau / "mmau.json", "--max_new_tokens", 4, "--dtype", "float32")
+    assert evaluate("--ckpt", tmp_path, *flags) == 1
+    printed = capsys.readouterr()
+    assert "best: step_000002" in printed.out and "best: step_000001" not in printed.out
+    assert "1 of 2 checkpoints not evaluated" in printed.err and "step_000001" in printed.err
+
+
+def test_a_run_without_a_checkpoint(mmau, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "step_000100.unfinished").mkdir()
+    assert evaluate("--ckpt", tmp_path, "--data", mmau / "mmau.json") == 1
+    assert "no complete checkpoint yet" in capsys.readouterr().err
+
+
+# ---- question files ----
+
+
+def test_odd_choices_and_answers(mmau, tmp_path, capsys):
+    """Made-up records with the keys of MMAU, of which v05.15.25 changed the texts alone.
+
+    Answers that are not literally among the choices, as in both; 2 to 8 choices, which repeat or contain each other.
+    """
+    clip = "./test-mini-audios/clip-0.wav"
+    odd = [
+        mmau_record(0, clip, choices=["Rain", "Wind"], answer="(B) Wind"),
+        mmau_record(1, clip, choices=["3/4", "4/4", "6/8", "2/4"], answer="4/4"),
+        mmau_record(
+            2, clip, choices=["dog", "a dog", "Dog", "the dog", "dogs", "dog", "2 dogs", "no dog"], answer="dog"
+        ),
+        mmau_record(3, clip, choices=["It's off-key.", "It isn't (quite) on key"], answer="It's off-key."),
+    ]
+    path = mmau / "odd.json"
+    path.write_text(json.dumps(odd, indent=2))
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--data", path)) == 0
+    captured = capsys.readouterr()
+    assert re.search(r"^all .*/4", captured.out, re.MULTILINE) and "sub_category" in captured.out
+    assert "1 such MMAU questions" in captured.err
+    assert [list(r)[: len(odd[0])] for r in json.loads((tmp_path / "out.json").read_text())] == [list(r) for r in odd]
+
+
+@pytest.mark.parametrize("withheld", [{"answer": None}, {"answer": ""}, None])
+def test_withheld_answers_get_predictions_and_no_score(mmau, clean, tmp_path, capsys, withheld):
+    records = json.loads((mmau / "mmau.json").read_text())
+    records = [r | withheld if withheld else {k: v for k, v in r.items() if k != "answer"} for r in records]
+    path = mmau / "withheld.json"
+    path.write_text(json.dumps(records))
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--data", path)) == 0
+    assert answers_in(tmp_path / "out.json") == answers_in(clean)
+    printed = capsys.readouterr().out
+    assert "all " not in printed and "20 questions have no answer" in printed
+
+
+def test_default_data(tmp_path):
+    """A toy's held-out questions for a run, checkpoint or base model of it; MMAU for all others."""
+    heldout = tmp_path / "toy" / "world" / "heldout.json"
+    for name, value in (("toy", str(heldout)), ("real", "/somewhere/my_heldout.json"), ("none", None)):
+        (tmp_path / name / "step_000100").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"heldout": value}))
+        (tmp_path / name / "step_000100" / "config.json").write_text('{"model_type": "qwen2_audio"}')
+        for ckpt in (tmp_path / name, tmp_path / name / "step_000100"):
+            expected = str(heldout) if name == "toy" else "data/MMAU/mmau-test-mini.json"
+            assert eval_mmau.parse_args(["--ckpt", str(ckpt)]).data == expected
+    for damaged in ("[]", "7", '{"heldout": 7}', "[" * 100_000):
+        (tmp_path / "none" / "config.json").write_text(damaged)
+        assert eval_mmau.parse_args(["--ckpt", str(tmp_path / "none")]).data == "data/MMAU/mmau-test-mini.json"
+    assert eval_mmau.parse_args(["--ckpt", "some/model", "--out", "x"]).data == "data/MMAU/mmau-test-mini.json"
+
+
+def test_missing_mmau_says_what_to_download(mmau, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate("--ckpt", mmau / "model") == 1
+    message = capsys.readouterr().err
+    for text in ("data/MMAU/mmau-test-mini.json", "github.com/Sakshi113/MMAU", "data/MMAU/test-mini-audios/", "--data"):
+        assert text in message
+
+
+# ---- flags ----
+
+BAD_FLAGS = {
+    "--silence --shuffle_audio": ["--silence", "--shuffle_audio"],
+    "--ablations --silence": ["--ablations", "--silence"],
+    "--ablations --shuffle_choices 0": ["--ablations", "--shuffle_choices"],
+    "--ablations --samples 4": ["--ablations", "--samples"],
+    "--ablations --html x": ["--ablations", "--html"],
+    "--check_batching --samples 4": ["--check_batching", "--samples"],
+    "--check_batching --html x": ["--check_batching", "--html"],
+    "--check_batching --ablations": ["--check_batching", "--ablations"],
+    "--compare a b": ["--compare", "--ckpt"],
+    "--data x.json --out ./x.json": ["--data", "--out"],
+    "--samples 2 --seed 99999999999": ["--seed"],
+    "--temperature 0.5": ["--temperature", "--samples"],
+    "--samples 1": ["--samples", "2"],
+    "--samples 4 --temperature 0": ["--temperature", "0"],
+    "--samples 4 --temperature nan": ["--temperature", "nan"],
+    "--batch_size 0": ["--batch_size"],
+    "--shuffle_choices -1": ["--shuffle_choices"],
+    "--check_batching 0": ["--check_batching"],
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_contradictory_flags_are_refused_by_name(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        eval_mmau.parse_args(["--ckpt", str(tmp_path), *flags.split()])
+    message = capsys.readouterr().err.split("error: ")[1]
+    assert [name for name in BAD_FLAGS[flags] if name not in message] == []
+
+
+@pytest.mark.parametrize("flag", eval_mmau.ONE_CHECKPOINT)
+def test_flags_that_a_run_folder_does_not_take(flag, tmp_path, capsys):
+    (tmp_path / "step_000001").mkdir()
+    value = {"shuffle_choices": ["1"], "samples": ["2"], "html": ["x"], "out": ["x"]}.get(flag, [])
+    with pytest.raises(SystemExit):
+        eval_mmau.parse_args(["--ckpt", str(tmp_path), f"--{flag}", *value])
+    assert f"--{flag} needs one checkpoint" in capsys.readouterr().err
+
+
+def test_check_batching(mmau, tmp_path, monkeypatch, capsys):
+    flags = [flag for flag in arguments(mmau, "none") if flag not in ("--out", "none")]
+    before = sorted(mmau.rglob("*"))
+    assert evaluate(*flags, "--check_batching", 8) == 0
+    assert "8 questions in batches of 3 and one by one, float32 on cpu: 0 predictions differ" in capsys.readouterr().out
+    original = eval_mmau.answer_questions
+
+    def answer(*args, batch_size, **options):
+        answers = original(*args, batch_size=batch_size, **options)
+        return [["other"], *answers[1:-1], [answers[-1][0] + " "]] if batch_size == 1 else answers
+
+    monkeypatch.setattr(eval_mmau, "answer_questions", answer)
+    assert evaluate(*flags, "--check_batching") == 0
+    printed = capsys.readouterr().out
+    assert "20 questions" in printed and "1 predictions differ, 2 whole texts" in printed and "they are id-0" in printed
+    assert sorted(mmau.rglob("*")) == before
+
+
+def test_compare_loads_no_model(clean, capsys, monkeypatch):
+    monkeypatch.setattr(eval_mmau, "setup_distributed", lambda: pytest.fail("not needed"))
+    assert evaluate("--compare", clean, clean) == 0
+    assert "McNemar" in capsys.readouterr().out
+    assert evaluate("--compare", clean, "none.json") == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_html_shows_what_was_heard(mmau, tmp_path):
+    page = mmau / "pages" / "a.html"
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--html", page)) == 0
+    clips = re.findall(r'src="([^"]*)"', page.read_text())
+    assert clips == [f"../test-mini-audios/clip-{i}.wav" for i in range(QUESTIONS)]
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--shuffle_audio", "--html", page)) == 0
+    other = re.findall(r'src="([^"]*)"', page.read_text())
+    assert sorted(other) == sorted(clips) and not any(a == b for a, b in zip(clips, other))

@@ -1,0 +1,86 @@
+"""metrics.jsonl and completions.jsonl: whole lines, in the order of steps, whatever has ended the run before."""
+
+import json
+import math
+
+import matplotlib.figure
+import pytest
+import torch
+
+from data import Question
+from metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
+
+# ---- a line at a time ----
+
+
+def test_cut_jsonl_keeps_the_complete_lines_up_to_a_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    kept = '{"step": 1}\n{"step": 2, "text": "line\u2028separator, 漢字"}\n'
+    file.write_text(kept + '{"step": 3}\n{"step": 4}\n{"step": 2, "te', encoding="utf-8")
+    cut_jsonl(file, 2)
+    assert file.read_text(encoding="utf-8") == kept
+    cut_jsonl(tmp_path / "none.jsonl", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cut_jsonl_drops_a_line_that_ends_within_a_character(tmp_path):
+    """A killed process may have written half of a character that takes several bytes."""
+    file = tmp_path / "completions.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": 2, "text": "' + "漢".encode()[:2])
+    cut_jsonl(file, 2)
+    assert file.read_text() == '{"step": 1}\n'
+
+
+def test_completions_are_a_line_a_question(tmp_path):
+    """Each with its own group of completions, rewards and advantages."""
+    asked = [Question(name, f"{name}.wav", "What?", ["x", "y"], answer) for name, answer in (("a", "x"), ("b", "y"))]
+    rewards = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    advantages = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 1 / 3]])
+    log_completions(tmp_path / "c.jsonl", 7, asked, ["p", "q"], ["1", "2", "3", "4", "5", "line\n\u2028 six"],
+                    rewards, advantages)  # fmt: skip
+    first, second = map(json.loads, (tmp_path / "c.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
+    assert first == {"step": 7, "id": "a", "audio": "a.wav", "prompt": "p", "answer": "x",
+                     "completions": ["1", "2", "3"], "rewards": [0, 2, 1], "advantages": [-1, 1, 0]}  # fmt: skip
+    assert second["completions"][2] == "line\n\u2028 six" and second["advantages"] == [0, 0, 0.3333]
+
+
+# ---- curves ----
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The lines of each picture that is drawn: by its title, their points."""
+    lines, original = {}, matplotlib.figure.Figure.savefig
+
+    def savefig(figure, path, **options):
+        for axis in figure.axes:
+            lines[axis.get_title()] = [list(zip(*map(list, line.get_data()))) for line in axis.lines]
+        original(figure, path, **options)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return lines
+
+
+def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
+    """What is no number is a gap, what no step has is not drawn, and a damaged line is passed over."""
+    values = [3.0, 1.0, None, 5.0, 7.0, 9.0, 2.0, 4.0]
+    for step, value in enumerate(values, start=1):
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 1.0, "accuracy": value})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": "nine"}\n{"step": 9, "accu')
+    draw_curves(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["curves.png", "metrics.jsonl"]
+    accuracy, smooth = drawn.pop("sampled training accuracy")
+    assert [point for point in accuracy if not math.isnan(point[1])] == [
+        (step, value) for step, value in enumerate(values, start=1) if value is not None
+    ]
+    pairs = zip(values, values[1:])  # a window of a quarter of the steps
+    expected = [(step, sum(pair) / 2) for step, pair in enumerate(pairs, start=2) if None not in pair]
+    assert [point for point in smooth if not math.isnan(point[1])] == expected
+    assert [title for title, lines in drawn.items() if lines] == ["loss"]
+
+
+def test_no_metrics_are_no_picture(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2}\n')
+    draw_curves(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,121 @@
+"""What a run needs around its algorithm: ranks that wait and end together, phases that are timed, memory that ends."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import run_processes
+from training_runs import ENVIRONMENT, free_port
+
+import runtime
+from errors import InputError
+from runtime import LESS_MEMORY, START, Clock, catch_sigterm, memory_errors, on_rank_0, setup_distributed
+
+# ---- processes ----
+
+
+def wait_long(rank, start_line, port, folder):
+    """One of two processes whose collectives may take 2 s: rank 0 works for 4 s, then is as late for a collective."""
+    os.environ |= ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    start_line.wait()
+    setup_distributed(timeout=timedelta(seconds=2))
+    done = on_rank_0(lambda: time.sleep(4) or "saved")
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    torch.save((done, ones.item()), f"{folder}/after_{rank}.pt")
+    if rank == 0:
+        time.sleep(4)
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        torch.save(str(error), f"{folder}/failed_{rank}.pt")
+    os._exit(0)
+
+
+def test_a_slow_save_does_not_trip_the_timeout_of_collectives(tmp_path):
+    """The others wait for rank 0's work as long as it takes; for a rank that hangs within a step they do not."""
+    run_processes(
+        wait_long, (multiprocessing.get_context("forkserver").Barrier(2), free_port(), str(tmp_path)), nprocs=2
+    )
+    assert [torch.load(tmp_path / f"after_{rank}.pt") for rank in range(2)] == [("saved", 2.0)] * 2
+    assert (tmp_path / "failed_1.pt").exists()
+
+
+def test_the_watcher_has_ended_when_the_process_group_is_left(monkeypatch):
+    """Else the interpreter may shut down while the thread is within C++ code, which aborts the process."""
+    asking = threading.Event()
+    store = SimpleNamespace(check=lambda keys: asking.set() or time.sleep(0.3))  # as slow as over a busy network
+    watcher = threading.Thread(target=runtime._end_with_the_others, daemon=True)
+    for name, value in {"_store": store, "_watcher": watcher, "_finished": threading.Event()}.items():
+        monkeypatch.setattr(runtime, name, value, raising=False)
+    monkeypatch.setattr(runtime, "_patient_group", None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    watcher.start()
+    assert runtime.finish_together("x.py", lambda: asking.wait(timeout=10)) == 0
+    assert asking.is_set() and not watcher.is_alive() and not dist.is_initialized()
+
+
+def test_sigterm_sets_an_event_and_ends_nothing():
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        announced = catch_sigterm()
+        assert not announced.is_set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert announced.wait(timeout=10)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_launchers_tell_torchruns_apart(one_process, monkeypatch):
+    """By machine, id and start; without torchrun there is none."""
+    monkeypatch.setattr(runtime, "_launcher", os.getppid())
+    assert runtime.launchers() == []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    [one] = runtime.launchers()
+    assert f":{os.getppid()}:" in one and runtime.launchers() == [one]
+    monkeypatch.setattr(runtime, "_launcher", 1)
+    assert runtime.launchers() != [one]
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("phase", ["sample", "the start"])
+@pytest.mark.parametrize("error, where", [
+    (MemoryError(), "memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\n to allocate 99 bytes"), "memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory"),
+])  # fmt: skip
+def test_memory_that_runs_out_names_the_phase_and_what_helps(phase, error, where):
+    with pytest.raises(InputError) as raised, memory_errors(phase):
+        raise error
+    said = str(raised.value)
+    assert said.startswith(f"out of {where} in phase '{phase}': {LESS_MEMORY.get(phase, START)}") and "\n" not in said
+
+
+def test_other_errors_stay_what_they_are():
+    for error in (RuntimeError("shapes differ"), ValueError("odd")):
+        with pytest.raises(type(error), match=str(error)), memory_errors("sample"):
+            raise error
+
+
+# ---- measuring ----
+
+
+def test_a_clock_adds_up_each_phase(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock(torch.device("cpu"))
+    for phase, seconds in (("data", 1), ("sample", 5), ("data", 2)):
+        now[0] += 0.25  # between phases
+        with clock(phase):
+            now[0] += seconds
+    assert clock.phases == {"data": 3, "sample": 5} and clock.total() == 8.75
