@@ -37,6 +37,12 @@ def tiny(questions):
     return model.double(), processor
 
 
+@pytest.fixture(scope="session")
+def config(tiny):
+    """The tiny model's shape."""
+    return tiny[0].config
+
+
 @pytest.fixture
 def exact(monkeypatch):
     """Every step in float64, also those that say float32 (RMSNorm, the log-softmax): no rounding hides a mistake."""

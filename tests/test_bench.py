@@ -1,156 +1,123 @@
-"""bench_memory.py's count against what torch really allocates, and its measurement, on a tiny model."""
+"""bench.py step, sample, eval, train and scale as commands, on a tiny model. No times."""
 
+import copy
 import json
 from argparse import Namespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
-import bench_memory
+import bench_eval
 import bench_models
-import optimizer
-import toy
-from bench_memory import count, measure
-from bench_models import GB, NO_STOP, build_model, make_prompt, trainable
-from bench_speed import allocated
-from decoding import GroupDecoder
-from errors import InputError
-from policy import LOGITS_CHUNK, completion_logprobs, sample_group
+import bench_scale
+import bench_speed
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def config(questions):
-    """The toy's shape with so many words that logits and the two word matrices weigh, as they do in the real model."""
-    config = toy.make_model(questions, seconds=2, seed=0)[0].config
-    config.text_config.vocab_size = 4000
-    return config
+@pytest.fixture
+def on_the_tiny_model(config, monkeypatch, tmp_path):
+    """The benchmarks of this model, with round numbers for the machine's speed, in an empty folder."""
+    monkeypatch.setattr(bench_speed, "hardware", lambda: (config, torch.float32, CPU, 1))
+    monkeypatch.setattr(bench_scale, "hardware", lambda: (config, torch.float32, CPU, 1))
+    monkeypatch.setattr(bench_speed, "matmul_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(bench_speed, "copy_bandwidth", lambda device: 1e9)
+    for module in (bench_speed, bench_models):
+        monkeypatch.setattr(module, "machine_name", lambda: "Some(R) CPU, 2 cores")
+    monkeypatch.chdir(tmp_path)
 
 
-def settings(**changed) -> Namespace:
-    """1 s of clips of up to 2 s: they are padded by two frames and masked, as in a batch of different lengths."""
-    names = "--memory --gpus 2 --clip_seconds 1 --max_new_tokens 20 --group_size 4 --accumulation_steps 1".split()
-    return bench.parse_args([*names, *(word for name, value in changed.items() for word in (f"--{name}", str(value)))])
-
-
-def saved_bytes(model, function) -> int:
-    """Bytes that a forward pass gives autograd to keep, each storage once, weights and buffers left out."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept = []  # alive, so that no address is used twice
-
-    def pack(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = function()  # noqa: F841
-    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in kept)}
-    return sum(nbytes for key, nbytes in storages.items() if key not in own)
-
-
-@pytest.mark.parametrize("checkpointing", ["on", "off"])
-@pytest.mark.parametrize("tokens", [1, 200])  # 200 tokens of 8 completions are more than one chunk of logits
-def test_count_is_what_training_allocates(config, checkpointing, tokens):
-    args = settings(max_new_tokens=tokens, gradient_checkpointing=checkpointing)
-    counted = count(config, torch.float32, args)
-    model = build_model(config, torch.float32, CPU)
-    for parameter in trainable(model).values():
-        parameter.grad = torch.zeros_like(parameter)
-    prompt, completions = make_prompt(model, 2, args.clip_seconds), torch.zeros(8, tokens, dtype=torch.long)
-    mask = torch.ones_like(completions, dtype=torch.bool)
-    assert (mask.sum() > 2 * LOGITS_CHUNK) == (tokens == 200)
-
-    def forward():
-        return completion_logprobs(model, prompt, completions, mask, 1.0, checkpointing == "on")
-
-    peak, _ = allocated(lambda: forward()[0].sum().backward())
-    _, left = allocated(forward)
-    assert counted["train"] * GB == pytest.approx(peak, rel=0.005)
-    assert counted["saved"] * GB == pytest.approx(left, rel=0.01)
-    if checkpointing == "off":  # checkpoint itself holds what it recomputes from, so autograd sees less of it
-        assert counted["saved"] * GB == pytest.approx(saved_bytes(model, forward), rel=0.01)
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 40])
-def test_count_is_what_sampling_allocates(config, tokens):
-    counted = count(config, torch.float32, settings(max_new_tokens=tokens))
-    model = build_model(config, torch.float32, CPU)
-    prompt = make_prompt(model, 2, clip_seconds=1.0)
-    decoder = GroupDecoder(model, 4, tokens)
-    inputs = model, prompt, 4, tokens, 1.0, NO_STOP, None, decoder
-    peak, _ = allocated(lambda: (sample_group(*inputs), sample_group(*inputs)))
-    assert (counted["sample"] + counted["decoder"]) * GB == pytest.approx(peak, rel=0.005)
-
-
-@pytest.mark.parametrize(
-    "gpus, beta, dtype, checkpointing, lora_rank",
-    [(1, 0.0, torch.float32, "off", 0), (8, 0.04, torch.bfloat16, "on", 0), (1, 0.04, torch.bfloat16, "on", 8)],
-)
-def test_count_is_what_a_run_allocates(config, gpus, beta, dtype, checkpointing, lora_rank):
-    """Two real steps, DistributedDataParallel and ShardedAdamW included; without a GPU, measure returns only times."""
-    flags = dict(gpus=gpus, beta=beta, gradient_checkpointing=checkpointing, lora_rank=lora_rank)
-    args = settings(**flags, max_new_tokens=100)
-    measured = {}
-    peak, _ = allocated(lambda: measured.update(measure(config, dtype, args, CPU)))
-    assert count(config, dtype, args)["peak"] * GB == pytest.approx(peak, rel=0.005)
-    assert measured["peak_gb"] is None and measured["reserved_gb"] is None
-    assert list(measured["seconds"]) == ["setup", "sample", "reference", "train", "update"]
-    assert min(measured["seconds"].values()) > 0
-
-
-def test_memory_that_runs_out_is_one_line(config, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-
-    monkeypatch.setattr(bench_models, "accumulate_gradients", full)
-    with pytest.raises(InputError, match="phase train ran out"):
-        measure(config, torch.float32, settings(), CPU)
-    assert not torch.distributed.is_initialized()
-
-
-@pytest.mark.slow
-def test_the_real_shape(monkeypatch, capsys, tmp_path):
-    """Qwen2-Audio-7B has 8,397 million weights; no rank's share of the optimizer is much above that of rank 0."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    flags = ["--clip_seconds", "10", "--max_new_tokens", "16", "--out", f"{tmp_path}/x/m.json"]
-    monkeypatch.setattr("sys.argv", ["bench.py", "--memory", *flags])
+def run(monkeypatch, *words) -> dict:
+    """Run bench.py. Returns the results file that it writes."""
+    monkeypatch.setattr("sys.argv", ["bench.py", *words])
     bench.main()
-    counted = json.loads((tmp_path / "x" / "m.json").read_text())["counted_gb"]
-    assert f"{counted['peak']:.2f}" in capsys.readouterr().out and counted.keys() == bench_memory.PARTS.keys()
-    assert counted["weights"] == counted["reference"] == pytest.approx(2 * 8.397, abs=0.001)
-    assert counted["optimizer"] == pytest.approx(12 * 8.395 / 8, rel=0.001)
-    fixed = sum(counted[name] for name in ("weights", "gradients", "reference", "optimizer", "decoder"))
-    # Two prompts of 330 tokens in slots for 384, sixteen completions of 16; keys and values are 4,096 wide.
-    assert counted["decoder"] * GB == 32 * 2 * 4096 * 2 * (2 * 384 + 16 * 16)
-    assert counted["peak"] == pytest.approx(fixed + max(counted["sample"], counted["train"], counted["update"]))
-
-    with FakeTensorMode():
-        model = build_model(bench_models.qwen2_audio_7b(), torch.bfloat16, CPU)
-    sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
-    owners = optimizer.assign_owners(sizes, 8)
-    shares = [12 * sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in range(8)]
-    assert max(shares) / GB == pytest.approx(counted["optimizer"], rel=0.001)
-    assert owners[max(sizes, key=sizes.get)] == 0  # rank 0's update has the largest temporary
+    with open(f"bench_results/{words[0]}_Some_R_CPU_2_cores.json") as file:
+        return json.load(file)
 
 
-def test_table(monkeypatch):
-    peaks = {1: 155.9, 4: 78.5, 8: 62.0}
-    monkeypatch.setattr(bench_memory, "count", lambda *args: {"peak": peaks[args[2].gpus], "reference": 16.8})
-    header, _, *rows = bench_memory.memory_table(settings()).splitlines()[3:]
-    assert header == "| beta | GPUs | peak per GPU | 24 GB card | 48 GB card | 80 GB card | |"
-    assert rows[1] == "| 0.04 | 4 | 78.5 GB | does not fit | does not fit | does not fit | computed |"  # 2 GB are left
-    assert rows[2] == "| 0.04 | 8 | 62.0 GB | does not fit | does not fit | fits | computed |"
-    assert rows[5] == "| 0 | 8 | 45.2 GB | does not fit | fits | fits | computed |"
-    assert len(rows) == 6 and all(row.endswith("| computed |") for row in rows)
+def test_step(on_the_tiny_model, monkeypatch, capsys):
+    words = "--clip_seconds 0.5 1 --rounds 2 --group_size 3 --max_new_tokens 5".split()
+    result = run(monkeypatch, "step", *words)
+    printed = capsys.readouterr().out
+    assert result["machine"] == "Some(R) CPU, 2 cores" and result["torch"] == torch.__version__
+    assert result["settings"]["rounds"] == 2 and [clip["clip_seconds"] for clip in result["clips"]] == [0.5, 1.0]
+    for clip in result["clips"]:
+        for way in ("plain", "ours"):
+            assert [list(seconds) for seconds in clip["rounds"][way]] == 2 * [list(bench_speed.PHASES)]
+            assert all(seconds > 0 for times in clip["rounds"][way] for seconds in times.values())
+        assert 0 < 2 * clip["beside_gb"]["ours"] < clip["beside_gb"]["plain"]
+    assert printed.count("plain / ours") == 2
+
+
+def test_sample(on_the_tiny_model, monkeypatch, capsys):
+    result = run(monkeypatch, "sample", "--clip_seconds", "1", "--rounds", "2", "--max_new_tokens", "10")
+    assert result["clips"][0]["lengths"] == [1, 2, 10] and len(result["clips"][0]["rounds"]) == 2
+    assert "decode step, a token of each of 16" in capsys.readouterr().out
+    found = {"rounds": [[0.5, 1.0, 5.0]], "weight_bytes": 3e7, "cache_bytes": 1e7}
+    report = bench_speed.sample_report(found, 1e9, Namespace(prompts_per_rank=2, group_size=8, max_new_tokens=50))
+    for expected in ("0.5000 s", "100.000 ms         160 tokens/s", "40.000 ms         40% of", "0.030 GB of weights"):
+        assert expected in report
+
+
+def test_eval(on_the_tiny_model, config, monkeypatch, capsys):
+    """Both ways give the same texts, of clips of different lengths and in batches of their own."""
+    config = copy.deepcopy(config)
+    config.text_config.vocab_size = 4096
+    monkeypatch.setattr(bench_eval, "hardware", lambda: (config, torch.float32, CPU, 1))
+    monkeypatch.setattr(bench_eval, "PLAIN_BATCH", 4)
+    flags = ["--clip_seconds", "1", "0.5", "--rounds", "2", "--max_new_tokens", "6", "--questions", "7"]
+    found = run(monkeypatch, "eval", *flags, "--batch_size", "3")["clips"]
+    assert found["equal_texts"] == 7 and {way: len(times) for way, times in found["rounds"].items()} == {
+        "plain": 2, "ours": 2
+    }  # fmt: skip
+    assert "7 questions, clips of 1 and 0.5 s" in capsys.readouterr().out
+    args = Namespace(questions=8, clip_seconds=[10.0], max_new_tokens=6)
+    report = bench_eval.report(args, {"plain": [8.0, 9.0, 4.0], "ours": [4.0, 2.0, 1.0]}, 8).splitlines()
+    assert report[2].split()[1:] == ["8.00", "s", "1.00", "questions/s"] and report[4].split()[3] == "4.00"
+
+
+def test_train(on_the_tiny_model, monkeypatch, capsys):
+    result = run(monkeypatch, "train", "--clip_seconds", "1", "--rounds", "1", "--max_new_tokens", "4")
+    assert result["clips"][0]["rounds"][0].keys() == {"reference", "train"}
+    found = {"rounds": [{"reference": 1.0, "train": 4.0}], "flops": {"sample": 1, "reference": 5e11, "train": 1e12}}
+    _, train, reference, _ = bench_speed.train_report(found, rate=1e12).splitlines()
+    assert train.split()[-4:] == "4.000 1.000 0.250 25.0%".split()
+    assert reference.split()[-4:] == "1.000 0.500 0.500 50.0%".split()
+    assert "recomputing layers: no" in capsys.readouterr().out
+
+
+def test_scale(on_the_tiny_model, monkeypatch, capsys, tmp_path):
+    sizes = {"group_size": (2, 4), "clip_seconds": (0.5, 1), "max_new_tokens": (2, 4), "prompts_per_rank": (1, 2)}
+    monkeypatch.setattr(bench_scale, "SIZES", sizes)
+    words = "--clip_seconds 1 --group_size 4 --max_new_tokens 3 --rounds 1".split()
+    result = run(monkeypatch, "scale", *words)
+    assert {name: [point["size"] for point in curve] for name, curve in result["curves"].items()} == {
+        "group_size": [2, 4], "clip_seconds": [0.5, 1], "max_new_tokens": [2, 3, 4], "prompts_per_rank": [1, 2],
+    }  # fmt: skip
+    here = [result["curves"][name][1]["seconds"] for name in sizes]
+    assert here[0] == here[1] == here[2] == here[3] and here[0].keys() == {*bench_speed.PHASES}  # measured once
+    assert (tmp_path / "docs" / "bench_scale.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(f"  {label}: " in printed for label in bench_scale.LABELS.values())
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--gpus", "0"], ["--accumulation_steps", "3"], ["--clip_seconds", "31"], ["--max_new_tokens", "0"]]
+    "wrong, complaint",
+    [
+        ([], "arguments are required"),
+        (["step", "--clip_seconds", "10", "31"], "--clip_seconds must be at most 30, not 31.0"),
+        (["sample", "--max_new_tokens", "9"], "--max_new_tokens must be at least 10"),
+        (["scale", "--rounds", "0"], "--rounds must be"),
+        (["train", "--gpus", "8"], "unrecognized arguments"),
+        (["eval", "--questions", "0"], "--questions must be"),
+        (["--memory", "--gpus", "0"], "--gpus"),
+        (["--memory", "--accumulation_steps", "3"], "--accumulation_steps"),
+        (["--memory", "--clip_seconds", "31"], "--clip_seconds"),
+        (["--memory", "--max_new_tokens", "0"], "--max_new_tokens"),
+    ],
 )
-def test_settings_that_cannot_be(wrong, capsys):
+def test_settings_that_cannot_be(wrong, complaint, capsys):
     with pytest.raises(SystemExit):
-        bench.parse_args(["--memory", *wrong])
-    assert wrong[0] in capsys.readouterr().err
+        bench.parse_args(wrong)
+    assert complaint in capsys.readouterr().err
