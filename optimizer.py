@@ -68,9 +68,13 @@ class ShardedAdamW:
 
     @torch.no_grad()
     def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Take over saved states by parameter name, those that this rank owns among them. send_weights is to follow."""
+        """Take over saved states by parameter name, those that this rank owns among them. send_weights is to follow.
+
+        Raises ValueError for a state of another shape."""
         for name, own in self.state.items():
             for key, tensor in own.items():
+                if state[name][key].shape != tensor.shape:  # copy_ would broadcast
+                    raise ValueError(f"{name}: {key} is {[*state[name][key].shape]}, not {[*tensor.shape]}")
                 tensor.copy_(state[name][key])
 
     @torch.no_grad()

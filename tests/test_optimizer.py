@@ -107,6 +107,15 @@ def test_state_continues_where_it_was():
     assert torch.equal(other, whole)
 
 
+@pytest.mark.parametrize("shape", [(1,), (3, 1000), (999,), (1000, 1)])
+def test_a_state_of_another_shape_is_refused(shape):
+    """Also one that could be spread over the weight."""
+    optimizer = ShardedAdamW({"weight": start(torch.float32)})
+    state = {key: torch.zeros(shape) if tensor.dim() else tensor for key, tensor in optimizer.state["weight"].items()}
+    with pytest.raises(ValueError, match="weight: .*not"):
+        optimizer.load_state({"weight": state})
+
+
 def test_owners_hold_about_as_much():
     """8 ranks and sizes like those of Qwen2-Audio: two huge matrices, hundreds of large ones, many small ones."""
     sizes = {"embed": 640, "head": 640} | {f"w{i}": 45 for i in range(96)} | {f"a{i}": 17 for i in range(128)}
