@@ -17,6 +17,7 @@ from tqdm import tqdm
 from audio import audio_seconds
 from data import Question, build_prompt
 from decoding import GroupDecoder
+from files import set_aside
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
 from preflight import TOKENS_PER_SECOND
 from reward import format_reward, guessing, prediction
@@ -127,7 +128,7 @@ def read_journal(path: str, settings: dict, num_questions: int, samples: int) ->
     """The answers in a journal, by the index of their question. Afterwards the file is ready to be added to.
 
     The first line holds `settings`, each further one an answer: `samples` completions of one of `num_questions`
-    questions. A journal of other settings is moved aside to path.old; a line that a kill has torn, or that is damaged
+    questions. A journal of other settings is set aside as path.old; a line that a kill has torn, or that is damaged
     in another way, is cut off with all that follows it; without a journal, one is started.
     """
     header = json.dumps(settings, sort_keys=True)
@@ -136,8 +137,7 @@ def read_journal(path: str, settings: dict, num_questions: int, samples: int) ->
     except FileNotFoundError:
         lines = []
     if lines and lines[0] != header.encode():
-        os.replace(path, f"{path}.old")
-        print(f"{path} is of other settings: starting anew, it is now {path}.old", file=sys.stderr)
+        print(f"{path} is of other settings: starting anew, it is now {set_aside(Path(path))}", file=sys.stderr)
         lines = []
     if not lines:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

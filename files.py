@@ -88,6 +88,15 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths that are not UTF-8
 
 
+def set_aside(path: Path) -> Path:
+    """Rename a file to NAME.old, or where that is taken to NAME.old_2, NAME.old_3, ... Returns where it is now."""
+    aside, number = path.with_name(f"{path.name}.old"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.old_{number}")
+    return path.rename(aside)
+
+
 def kind_of_file(path: str) -> str:
     """What a path is that is not a regular file: "folder", "named pipe", "broken link" or "device"."""
     if os.path.isdir(path):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from errors import InputError
-from files import check_folder, write_text
+from files import check_folder, set_aside, write_text
 from lora import adapter_base, is_adapter
 from reward import prediction
 from scores import majority_vote
@@ -67,7 +67,7 @@ def is_done(out: str, settings: dict) -> bool:
 
 def _saved_settings(out: str) -> dict:
     try:
-        saved = json.loads(Path(out + ".settings.json").read_text(encoding="utf-8"))
+        saved = json.loads(Path(settings_path(out)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return saved if isinstance(saved, dict) else {}
@@ -89,17 +89,21 @@ def as_saved(settings: dict, predictions: bytes) -> dict:
 def write_predictions(out: str, records: list[dict], settings: dict) -> None:
     """Write a predictions file and its settings beside it, and remove its journal.
 
-    A file of that name that is of other settings, or was changed since it was written, is kept as .old.
+    A file of that name that is of other settings, or was changed since it was written, is kept as .old, .old_2, ...
     """
     if os.path.exists(out) and not is_done(out, settings):
-        for path in (out, out + ".settings.json"):
-            if os.path.exists(path):
-                os.replace(path, path + ".old")
-        print(f"{out} was of other settings, or changed since: it is now {out}.old")
+        aside = set_aside(Path(out))
+        if os.path.exists(settings_path(out)):
+            os.replace(settings_path(out), settings_path(str(aside)))
+        print(f"{out} was of other settings, or changed since: it is now {aside}")
     text = json.dumps(records, indent=2) + "\n"  # in ASCII: MMAU's script opens it in whatever encoding is the default
     write_text(Path(out), text)
-    write_text(Path(out + ".settings.json"), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
+    write_text(Path(settings_path(out)), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
     Path(journal_path(out)).unlink(missing_ok=True)
+
+
+def settings_path(out: str) -> str:
+    return out + ".settings.json"
 
 
 def journal_path(out: str) -> str:

@@ -269,8 +269,8 @@ def test_a_run_folder(mmau, tmp_path, batches, capsys):
     assert [path.read_bytes() for path in files] == whole
     flags += ["--limit", 5]
     assert answered() == 2 * 2 and len(answers_in(files[0])) == 5
-    assert [Path(f"{path}.old").read_bytes() for path in files] == whole
-    assert f"{files[0]}.old" in capsys.readouterr().out
+    assert [Path(f"{path}.old_2").read_bytes() for path in files] == whole  # each was set aside once before
+    assert f"{files[0]}.old_2" in capsys.readouterr().out
 
 
 def test_a_broken_checkpoint_does_not_hide_the_others(mmau, tmp_path, capsys):

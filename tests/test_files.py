@@ -9,7 +9,17 @@ from training_runs import names
 
 import files
 from errors import InputError
-from files import begin_folder, check_folder, finish_folder, kind_of_file, remove, replacing, what_is_saved, writing
+from files import (
+    begin_folder,
+    check_folder,
+    finish_folder,
+    kind_of_file,
+    remove,
+    replacing,
+    set_aside,
+    what_is_saved,
+    writing,
+)
 
 # ---- complete or not there ----
 
@@ -65,6 +75,14 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
         "step_000002", "step_000002/sub", "step_000002/sub/weights",
     ]  # fmt: skip
+
+
+def test_what_is_set_aside_stays(tmp_path):
+    path = tmp_path / "p.json"
+    for i, name in enumerate(("p.json.old", "p.json.old_2", "p.json.old_3")):
+        path.write_text(str(i))
+        assert set_aside(path) == tmp_path / name and not path.exists()
+    assert [file.read_text() for file in sorted(tmp_path.iterdir())] == ["0", "1", "2"]
 
 
 def test_kind_of_file(tmp_path):

@@ -45,6 +45,9 @@ def test_predictions_are_done_while_file_and_settings_are_those(tmp_path):
     assert not predictions.is_done(out, settings)
     predictions.write_predictions(out, records, settings)
     assert Path(out).read_bytes() == whole and b"u00e8" in Path(out + ".old").read_bytes()
+    predictions.write_predictions(out, [], settings | {"seed": 2})
+    assert Path(out + ".old_2").read_bytes() == whole and predictions.is_done(out + ".old_2", settings)
+    assert predictions.is_done(out, settings | {"seed": 2})
     for damaged in ("[]", "{", "[" * 100_000):
         Path(out + ".settings.json").write_text(damaged)
-        assert not predictions.is_done(out, settings)
+        assert not predictions.is_done(out, settings | {"seed": 2})
