@@ -308,7 +308,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("beta", 0.04, "weight of the KL penalty; 0 holds no reference model")
     add("clip_low", 0.2, "the ratio is clipped below 1 minus this")
     add("clip_high", 0.2, "the ratio is clipped above 1 plus this")
-    add("ratio", "token", "clipped by token, or one by completion: GSPO", choices=("token", "sequence"))
+    ratio = "clipped by token, or one by completion: GSPO, which clips at 3e-4"
+    add("ratio", "token", ratio, choices=("token", "sequence"))
     averages = "divide a completion's loss by its length, the step's mean length, or --max_new_tokens"
     add("loss_average", "completion", averages, choices=("completion", "token", "constant"))
     add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
