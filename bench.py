@@ -45,12 +45,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         return bench.add_argument
 
     every_clip, every_completion = "length of every clip, up to 30 s", "length of every completion, in tokens"
-    several = every_clip + "; several are measured one after the other"
+    several = dict(default=[10.0], nargs="+", help=every_clip + "; several are measured one after the other")
+    taking_turns = several | dict(help="lengths of the clips, up to 30 s, which take turns")
 
-    def add_speed_bench(name, help, max_new_tokens, tokens_help=every_completion, clips_help=several):
-        add, one = add_bench(name, help), clips_help == every_clip
-        clips = dict(default=10.0) if one else dict(default=[10.0], nargs="+")
-        add("--clip_seconds", type=float, help=clips_help, **clips)
+    def add_speed_bench(name, help, max_new_tokens, tokens_help=every_completion, clips=several):
+        add = add_bench(name, help)
+        add("--clip_seconds", type=float, **clips)
         add("--max_new_tokens", type=int, default=max_new_tokens, help=tokens_help)
         add("--rounds", type=int, default=5, help="rounds of which medians are taken; one before them warms up")
         add("--out", help=f"results; default: bench_results/{name}_<machine>.json")
@@ -90,13 +90,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "eval",
         "seconds of an evaluation, and of the plain loop over the same questions",
         16,
-        clips_help="lengths of the clips, up to 30 s, which take turns",
+        clips=taking_turns,
     )
     add("--questions", type=int, default=64, help="questions to answer")
     add("--batch_size", type=int, default=16, help="questions decoded at once; the plain loop's batches are of 32")
 
     about = "seconds of a step against four sizes, one varied at a time"
-    add = add_speed_bench("scale", about, 16, clips_help=every_clip)
+    add = add_speed_bench("scale", about, 16, clips=dict(default=10.0, help=every_clip))
     add("--gradient_checkpointing", **checkpointing)
     add("--cuda_graph", **graph)
     add("--seconds_per_point", type=float, default=10.0, help="no further round of a point begins after these seconds")

@@ -29,7 +29,6 @@ STEEP = 1.5  # a curve bends where doubling the size begins to cost this many ti
 def bench_scale(args: argparse.Namespace) -> None:
     config, dtype, device, ranks = hardware()
     result, measured = start_result(args, ranks), {}
-    del result["clips"]
     print(f"\nscale: around {describe(args, args.clip_seconds)}")
     with lone_rank(ranks):
         rank = make_rank(config, dtype, device, recomputes_layers(args, device))

@@ -211,7 +211,7 @@ def timed_step(rank: Rank, prompt: Prompt, args: argparse.Namespace, **way) -> d
     return {phase: clock.phases[phase] for phase in PHASES}
 
 
-def compare(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict:
+def time_both_ways(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict:
     """Alternate steps of both ways. Returns of each its seconds by round and phase, and its peak beside held_bytes."""
     args, device = one_prompt_a_pass(args), rank.generator.device
     prompt = make_prompt(rank.policy, args.prompts_per_rank, clip_seconds)
@@ -237,13 +237,13 @@ def compare(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict:
 
 def bench_step(args: argparse.Namespace) -> None:
     config, dtype, device, ranks = hardware()
-    result, rate = start_result(args, ranks), matmul_rate(dtype, device)
+    result, rate = start_result(args, ranks) | {"clips": []}, matmul_rate(dtype, device)
     result["matmul_flops_per_s"] = rate
     with lone_rank(ranks):
         rank = make_rank(config, dtype, device, recomputes_layers(args, device))
         result["held_gb"] = held_bytes(rank) / GB
         for clip_seconds in args.clip_seconds:
-            found = compare(rank, clip_seconds, args) | {"flops": count_flops(config, clip_seconds, args)}
+            found = time_both_ways(rank, clip_seconds, args) | {"flops": count_flops(config, clip_seconds, args)}
             result["clips"].append({"clip_seconds": clip_seconds} | found)
             print(f"\nstep: {describe(args, clip_seconds)}")
             print(step_report(found, result["held_gb"], rate), flush=True)
@@ -288,7 +288,7 @@ def shorter(args: argparse.Namespace) -> int:
 
 def bench_sample(args: argparse.Namespace) -> None:
     config, dtype, device, ranks = hardware()
-    result, bandwidth = start_result(args, ranks), copy_bandwidth(device)
+    result, bandwidth = start_result(args, ranks) | {"clips": []}, copy_bandwidth(device)
     result["copy_bytes_per_s"] = bandwidth
     model = build_model(config, dtype, device)
     for clip_seconds in args.clip_seconds:
@@ -333,7 +333,7 @@ def sample_report(found: dict, bandwidth: float, args: argparse.Namespace) -> st
 
 def bench_train(args: argparse.Namespace) -> None:
     config, dtype, device, ranks = hardware()
-    result, rate = start_result(args, ranks), matmul_rate(dtype, device)
+    result, rate = start_result(args, ranks) | {"clips": []}, matmul_rate(dtype, device)
     result["matmul_flops_per_s"] = rate
     checkpointing = recomputes_layers(args, device)
     with lone_rank(ranks):
@@ -381,7 +381,7 @@ def start_result(args: argparse.Namespace, ranks: int) -> dict:
     print(f"{machine}, {', '.join(f'{name} {value}' for name, value in where.items())}, threads {threads}", flush=True)
     settings = {name: value for name, value in vars(args).items() if name not in ("what", "out")}
     result = {"machine": machine, "threads": threads, **where, "ranks": ranks}
-    return result | {"settings": settings, "clips": []}
+    return result | {"settings": settings}
 
 
 def describe(args: argparse.Namespace, clip_seconds: float) -> str:

@@ -23,11 +23,11 @@ def tell(step: Step, args) -> list[tuple[str, list]]:
     """The step as parts: (title, blocks), a block being a paragraph or one of explain_page's."""
     shown = max(range(args.group_size), key=lambda i: (round(abs(step.advantages[i]), 4), step.advantages[i]))
     parts = [("The prompt", _prompt(step, args)), ("The group", _group(step, args))]
-    for number, update in enumerate(step.updates, start=1):
-        which = f" (update {number} of {len(step.updates)})" if len(step.updates) > 1 else ""
-        parts.append((f"Completion {shown + 1}, token by token{which}", _tokens(step, update, shown, number, args)))
-        parts.append((f"The loss{which}", _loss(step, update, number, args)))
-    parts.append(("What it did", _effect(step, args)))
+    for update in step.updates:
+        which = f" (update {update.number} of {len(step.updates)})" if len(step.updates) > 1 else ""
+        parts.append((f"Completion {shown + 1}, token by token{which}", _tokens(step, update, shown, args)))
+        parts.append((f"The loss{which}", _loss(step, update, args)))
+    parts.append(("What it did", _effect(step)))
     return [(f"{number}. {title}", blocks) for number, (title, blocks) in enumerate(parts, start=1)]
 
 
@@ -76,23 +76,23 @@ def _group(step: Step, args) -> list:
     ]
 
 
-def _tokens(step: Step, update: Update, shown: int, number: int, args) -> list:
+def _tokens(step: Step, update: Update, shown: int, args) -> list:
     low, high = f"{1 - args.clip_low:g}", f"{1 + args.clip_high:g}"
     kl = args.beta != 0
     if args.ratio == "sequence":
-        formulas = ["ratio     = exp(mean of policy - rollout over the completion), the same for all its tokens (GSPO)"]
+        formulas = ["ratio     = exp(mean of policy - old over the completion), the same for all its tokens (GSPO)"]
     else:
-        formulas = ["ratio     = exp(policy - rollout)"]
+        formulas = ["ratio     = exp(policy - old)"]
     formulas += ["KL        = exp(reference - policy) - (reference - policy) - 1"] * kl
     formulas += [f"loss term = -min(ratio * A, clip(ratio, {low}, {high}) * A)" + f" + {args.beta:g} * KL" * kl]
     if not kl:
         formulas += ["            without a KL term, and without a reference (--beta 0)"]
-    columns = ("token", "policy", "rollout", *["reference"] * kl, "ratio", "clipped", *["KL"] * kl)
+    columns = ("token", "policy", "old", *["reference"] * kl, "ratio", "clipped", *["KL"] * kl)
     columns += ("loss term", "gradient")
     tokens, advantage = update.tokens[shown], step.advantages[shown]
     colored = [[(token.text, token.clipped, _cells(token, 6)) for token in completion] for completion in update.tokens]
     which = f"No advantage is further from 0 than this completion's, A = {num(advantage, signed=True)}. "
-    models = "the policy, the policy when it sampled (rollout)"
+    models = "the policy, the policy when it sampled (old)"
     models += " and the frozen starting model (reference)" if kl else ""
     gradient = (
         "The gradient is that of the loss with respect to the log-prob under the policy: where it is negative, going "
@@ -103,7 +103,7 @@ def _tokens(step: Step, update: Update, shown: int, number: int, args) -> list:
         Verbatim("\n".join(formulas)),
         Table([columns, *(_cells(token, 4) for token in tokens)], left=(0,), cut=True),
         gradient,
-        _about_ratios(update, number, args),
+        _about_ratios(update, args),
         Colored(columns, colored, step.advantages),
     ]
 
@@ -114,7 +114,7 @@ def _cells(token: Token, digits: int) -> tuple[str, ...]:
     return (
         repr(token.text),
         num(token.policy, digits),
-        num(token.rollout, digits),
+        num(token.old, digits),
         *reference,
         num(token.ratio, digits),
         "yes" if token.clipped else "no",
@@ -124,14 +124,14 @@ def _cells(token: Token, digits: int) -> tuple[str, ...]:
     )
 
 
-def _about_ratios(update: Update, number: int, args) -> str:
+def _about_ratios(update: Update, args) -> str:
     tokens = [token for completion in update.tokens for token in completion]
     ratios, clipped = [token.ratio for token in tokens], sum(token.clipped for token in tokens)
     what = (
         f"In all {len(update.tokens)} completions the ratio is from {num(min(ratios))} to {num(max(ratios))}, and "
         f"{clipped} of {len(tokens)} tokens are clipped"
     )
-    if number > 1:
+    if update.number > 1:
         return (
             f"{what}. The policy has moved since it sampled. Where the ratio has left the range in the direction that "
             "the advantage asks for, clipping leaves the token no gradient but that of the KL penalty, if there is one."
@@ -146,7 +146,7 @@ def _about_ratios(update: Update, number: int, args) -> str:
     return what + "."
 
 
-def _loss(step: Step, update: Update, number: int, args) -> list:
+def _loss(step: Step, update: Update, args) -> list:
     how = {
         "completion": "its own length",
         "token": "the step's mean length, so that all tokens weigh alike (--loss_average token, as in DAPO)",
@@ -162,7 +162,7 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
         f"accumulate_gradients, is {num(update.stats['loss'], 6)}: the same, but for rounding."
     )
     blocks = [f"The loss terms of a completion are added up and divided by {how}.", Table(rows, left=()), result]
-    if number == 1:
+    if update.number == 1:
         blocks.append(
             "The value itself says little: while every ratio is 1, a loss term is minus the advantage, and the "
             "advantages of a group add up to 0. The policy learns from the gradient."
@@ -170,7 +170,9 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
     scaled = f"below --max_grad_norm {args.max_grad_norm:g}, so it stays as it is"
     if update.grad_norm > args.max_grad_norm:
         scaled = f"scaled down to --max_grad_norm {args.max_grad_norm:g}"
-    adam = " AdamW's first step moves each weight by about that much, however large its gradient." * (number == 1)
+    adam = " AdamW's first step moves each weight by about that much, however large its gradient." * (
+        update.number == 1
+    )
     blocks.append(
         f"The gradient over all weights that are trained has norm {num(update.grad_norm)}, {scaled}. AdamW takes a "
         f"step at learning rate {args.lr:g}.{adam}"
@@ -178,7 +180,7 @@ def _loss(step: Step, update: Update, number: int, args) -> list:
     return blocks
 
 
-def _effect(step: Step, args) -> list:
+def _effect(step: Step) -> list:
     headings = ("", "completion", "advantage", "log-prob before", "after", "probability before", "after", "factor")
     rows: list[tuple[str, ...]] = [headings]
     for i, (old, new, advantage) in enumerate(zip(step.before, step.after, step.advantages)):

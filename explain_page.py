@@ -12,7 +12,7 @@ from web_page import web_page
 
 WIDTH = 110  # characters of a printed line of prose
 CELL = 60  # characters of a printed cell
-ROWS = 30  # of a table of tokens that are printed; the page shows all
+PRINTED_ROWS = 30  # of a table of tokens that are printed; the page shows all
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Table:
 
     rows: list[tuple[str, ...]]
     left: tuple[int, ...] = (0,)  # columns that hold text; the others hold numbers
-    cut: bool = False  # to ROWS where it is printed
+    cut: bool = False  # to PRINTED_ROWS where it is printed
 
 
 @dataclass
@@ -68,9 +68,9 @@ def to_text(parts: list[tuple[str, list]]) -> str:
 def _table_as_text(table: Table) -> str:
     rows = [tuple(cell if len(cell) <= CELL else cell[: CELL - 1] + "…" for cell in row) for row in table.rows]
     note = ""
-    if table.cut and len(rows) > ROWS + 1:
-        left_out = len(rows) - 1 - ROWS
-        rows = [*rows[: ROWS - 9], ("...",), *rows[-10:]]
+    if table.cut and len(rows) > PRINTED_ROWS + 1:
+        left_out = len(rows) - 1 - PRINTED_ROWS
+        rows = [*rows[: PRINTED_ROWS - 9], ("...",), *rows[-10:]]
         note = f"\n({left_out} tokens are left out here; --explain_html FILE shows all)"
     return align(rows, right=[c for c in range(len(rows[0])) if c not in table.left]) + note
 

@@ -63,7 +63,7 @@ class Token:
 
     text: str
     policy: float  # log-prob under the policy that is updated
-    rollout: float  # under the policy that sampled it
+    old: float  # under the policy that sampled it
     reference: float | None  # under the reference; None without a KL penalty
     ratio: float
     clipped: bool
@@ -74,6 +74,7 @@ class Token:
 
 @dataclass
 class Update:
+    number: int  # 1 for the first
     tokens: list[list[Token]]  # of each completion
     stats: dict[str, float]  # what accumulate_gradients returns: loss, kl, clip_fraction, entropy
     grad_norm: float  # before clipping
@@ -143,17 +144,17 @@ def take_step(args, policy, processor, questions: list[Question], device: torch.
     seen, updates = [], []  # seen: the log-probs that the training loop's own forward pass returns, dropout and all
     hook = ddp_policy.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[0].detach()))
     words = [[_word(processor, i) for i in row[valid]] for row, valid in zip(group.completions, group.mask)]
-    for _ in range(args.updates_per_rollout):
+    for number in range(1, args.updates_per_rollout + 1):
         with dropout_on(policy):
             stats = accumulate_gradients(ddp_policy, [rollout], args, length)
         old = seen[-1] if old_logprobs is None else old_logprobs
         tokens = take_apart(args, words, seen[-1], old, ref_logprobs, advantages, length)
-        compare(tokens, stats, length)
+        check_sums(tokens, stats, length)
         try:
             grad_norm = optimizer.step(args.lr, args.max_grad_norm)
         except FloatingPointError as error:
             raise InputError(f"{error}; there is no step to explain") from None
-        updates.append(Update(tokens, stats, grad_norm))
+        updates.append(Update(number, tokens, stats, grad_norm))
     hook.remove()
     with torch.no_grad():
         after, _ = completion_logprobs(policy, *inputs, args.temperature)
@@ -185,13 +186,13 @@ def take_apart(
     completions = []
     for i, (texts, advantage) in enumerate(zip(words, advantages.tolist())):
         size = len(texts)
-        policy, rollout = logprobs[i, :size].tolist(), old_logprobs[i, :size].tolist()
+        policy, policy_old = logprobs[i, :size].tolist(), old_logprobs[i, :size].tolist()
         reference = [None] * size if ref_logprobs is None else ref_logprobs[i, :size].tolist()
-        log_ratios = [new - old for new, old in zip(policy, rollout)]
+        log_ratios = [new - old for new, old in zip(policy, policy_old)]
         if args.ratio == "sequence":
             log_ratios = [sum(log_ratios) / size] * size
         tokens = []
-        for text, new, old, ref, log_ratio in zip(texts, policy, rollout, reference, log_ratios):
+        for text, new, old, ref, log_ratio in zip(texts, policy, policy_old, reference, log_ratios):
             ratio = math.exp(log_ratio)
             gain = min(ratio * advantage, min(max(ratio, 1 - args.clip_low), 1 + args.clip_high) * advantage)
             clipped = gain < ratio * advantage  # the loss no longer depends on the ratio
@@ -210,7 +211,7 @@ def completion_loss(tokens: list[Token], length: float | None) -> float:
     return sum(token.loss for token in tokens) / (length or len(tokens))
 
 
-def compare(completions: list[list[Token]], stats: dict[str, float], length: float | None) -> None:
+def check_sums(completions: list[list[Token]], stats: dict[str, float], length: float | None) -> None:
     """Raise RuntimeError unless tokens that were taken apart add up to what accumulate_gradients returned."""
     mine = {"loss": [completion_loss(tokens, length) for tokens in completions]}
     mine["clip_fraction"] = [statistics.fmean(token.clipped for token in tokens) for tokens in completions]

@@ -85,13 +85,13 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The GRPO objective, negated, as a scalar loss (arXiv 2402.03300, equations 3 and 4), and its variants.
 
-        ratio  = pi / pi_old
-        policy = min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
-        kl     = pi_ref / pi - log(pi_ref / pi) - 1              the unbiased, never negative "k3" estimator
-        loss   = mean over completions of the mean over their tokens of -(policy - beta * kl)
+        rho  = pi / pi_old
+        gain = min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
+        kl   = pi_ref / pi - log(pi_ref / pi) - 1              the unbiased, never negative "k3" estimator
+        loss = mean over completions of the mean over their tokens of -(gain - beta * kl)
 
     With a `length`, the sum over a completion's tokens is divided by that instead of by their number (see loss_length).
-    With ratio "sequence", all tokens of a completion have the same ratio, the geometric mean of theirs, and are clipped
+    With ratio "sequence", all tokens of a completion have the same rho, the geometric mean of theirs, and are clipped
     together (GSPO, arXiv 2507.18071, equations 5 and 7).
 
     logprobs, old_logprobs, ref_logprobs, mask: [N, T]; advantages: [N]. Gradient flows through `logprobs` only.
@@ -107,12 +107,12 @@ def grpo_loss(
         return ((per_token * mask).sum(dim=1) / lengths).mean()
 
     advantages = advantages.float()[:, None]
-    log_ratio = logprobs - old_logprobs.detach()
+    log_rho = logprobs - old_logprobs.detach()
     if ratio == "sequence":
-        log_ratio = log_ratio.sum(dim=1, keepdim=True) / own_lengths[:, None]  # [N, 1]
-    pi_ratio = log_ratio.exp()
-    clipped_ratio = pi_ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_token_loss = -torch.minimum(pi_ratio * advantages, clipped_ratio * advantages)
+        log_rho = log_rho.sum(dim=1, keepdim=True) / own_lengths[:, None]  # [N, 1]
+    rho = log_rho.exp()
+    gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    per_token_loss = -gain
 
     stats = {}
     if beta != 0:
@@ -122,7 +122,7 @@ def grpo_loss(
         per_token_loss = per_token_loss + beta * kl
         stats["kl"] = mean_over_completions(kl.detach())
 
-    clipped = ((advantages > 0) & (pi_ratio > 1 + clip_high)) | ((advantages < 0) & (pi_ratio < 1 - clip_low))
+    clipped = ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))
     stats["clip_fraction"] = mean_over_completions(clipped.float())
     return mean_over_completions(per_token_loss, own_lengths if length is None else length), stats
 
@@ -295,13 +295,13 @@ def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
 
 # ---- command line ----
 
-PAPER = dict(out="runs/<model's name>", lr=1e-6)
+DEFAULTS = dict(out="runs/<model's name>", lr=1e-6)
 # Without --model, these take the place of the defaults, which are the paper's.
 TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=32, lr=3e-4, dtype="float32")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = shared_settings("Train Qwen2-Audio on audio questions with GRPO.", PAPER, TOY)
+    parser = shared_settings("Train Qwen2-Audio on audio questions with GRPO.", DEFAULTS, TOY)
     add = partial(add_setting, parser.add_argument_group("GRPO"))
     add("group_size", 8, "completions sampled per question")
     add("temperature", 1.0, "of sampling, and of all log-probs")
@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--explain", action="store_true", help="print one step with all its numbers; trains no further")
     parser.add_argument("--explain_html", metavar="FILE", help="the same, also as a web page")
 
-    return parse_settings(parser, argv, PAPER, TOY)
+    return parse_settings(parser, argv, DEFAULTS, TOY)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,11 @@ def run_audio_tower(model, prompt: Prompt, checkpointing: bool = False) -> Tenso
     the second with stride 2) run over the longest clip's frames plus two: so far they look past a clip's end, where
     the full-length spectrogram holds padding. Further padding is masked in attention and reaches no audio token. Where
     all clips are equally long nothing is left to mask, and attention takes a faster kernel.
+
+    Of a prompt from `listen`, that is known already.
     """
+    if "heard" in prompt:
+        return prompt["heard"]
     tower, mel_mask = model.model.audio_tower, prompt["feature_attention_mask"]
     longest = mel_mask.shape[1]
     if longest < 2 * tower.config.max_source_positions:
@@ -195,9 +199,8 @@ def run_audio_tower(model, prompt: Prompt, checkpointing: bool = False) -> Tenso
     return tower.layer_norm(tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2))
 
 
-def audio_features(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
-    """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H]."""
-    heard = prompt["heard"] if "heard" in prompt else run_audio_tower(model, prompt, checkpointing)
+def audio_features(model, prompt: Prompt, heard: Tensor) -> Tensor:
+    """The audio tokens of all clips, one clip after the other, [audio tokens of the batch, H]. heard: the tower's."""
     frames = prompt["feature_attention_mask"].sum(-1)
     _, audio_tokens = model.model.audio_tower._get_feat_extract_output_lengths(frames)
     valid = torch.arange(heard.shape[1], device=heard.device) < audio_tokens[:, None]
@@ -228,9 +231,9 @@ class GroupCache:
         return keys, torch.cat([prompt_values.repeat_interleave(self.group_size, dim=0), values], dim=2)
 
 
-def embed_prompt(model, prompt: Prompt, checkpointing: bool = False) -> Tensor:
+def embed_prompt(model, prompt: Prompt, heard: Tensor) -> Tensor:
     """The prompt's token embeddings with the audio's features in the place of its <|AUDIO|> tokens, [B, P, H]."""
-    features = audio_features(model, prompt, checkpointing)
+    features = audio_features(model, prompt, heard)
     embeds = model.get_input_embeddings()(prompt["input_ids"])
     is_audio = (prompt["input_ids"] == model.config.audio_token_id)[:, :, None]
     return embeds.masked_scatter(is_audio, features.to(embeds.dtype))
@@ -257,7 +260,7 @@ def prefill(model, prompt: Prompt) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]
 
     Returns the last hidden state [B, H] and each layer's keys and values, [B, key-value heads, P, head size] each.
     """
-    hidden, cache = embed_prompt(model, prompt), GroupCache()
+    hidden, cache = embed_prompt(model, prompt, run_audio_tower(model, prompt)), GroupCache()
     inputs = attention_inputs(model, hidden, prompt["attention_mask"])
     for layer in model.model.language_model.layers:
         hidden = layer(hidden, past_key_values=cache, **inputs)
@@ -329,7 +332,7 @@ def completion_logprobs(
     inside of each layer a second time: a third more arithmetic for, in the real model, a 25th of what is kept.
     """
     decoder, group_size = model.model.language_model, len(completions) // len(prompt["input_ids"])
-    prompt_hidden = embed_prompt(model, prompt, checkpointing)
+    prompt_hidden = embed_prompt(model, prompt, run_audio_tower(model, prompt, checkpointing))
     hidden = model.get_input_embeddings()(completions[:, :-1])  # the last token predicts nothing
     prompt_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
     attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], dim=1)

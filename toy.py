@@ -41,7 +41,7 @@ from toy_world import write_world
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", AUDIO_TOKEN, "<|audio_bos|>", "<|audio_eos|>"]
 FOLDER = Path("runs/toy")  # where the toy is made
-MAX_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
+HEARD_SECONDS = 30  # of a clip; Qwen2-Audio's own limit
 MEL_BINS = 40
 STEPS = 300  # of the warm start; enough for the form of think, the longest, and too few to master the questions
 
@@ -164,7 +164,7 @@ def make_base(
 ) -> None:
     """Write a tiny warm-started base model for `questions` to the folder `out`. The defaults are the toy's."""
     longest = max(audio_seconds(question.audio) for question in questions)
-    model, processor = make_model(questions, min(MAX_SECONDS, math.ceil(longest)), seed)
+    model, processor = make_model(questions, min(HEARD_SECONDS, math.ceil(longest)), seed)
     warm_start(model, processor, questions, steps, random_answers, seed)
     save_checkpoint(out, model, processor)
 
@@ -172,7 +172,7 @@ def make_base(
 def draw_examples(questions: list[Question], out: Path, seed: int) -> None:
     """Draw some of the questions with their clips, as the tiny model hears them. Raises InputError."""
     check_folder(out.parent, out)
-    draw_contact_sheet(out, pick(questions, CLIPS, seed), MEL_BINS, MAX_SECONDS)
+    draw_contact_sheet(out, pick(questions, CLIPS, seed), MEL_BINS, HEARD_SECONDS)
     print(f"picture: {out}")
 
 

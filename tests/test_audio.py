@@ -1,4 +1,4 @@
-"""Clips: resampling, channels, kinds of files, real recordings. What cannot be one is in test_data.py and others."""
+"""Clips: resampling, channels, kinds of files, what cannot be one, real recordings."""
 
 from pathlib import Path
 
@@ -74,6 +74,36 @@ def test_file_formats(tmp_path, name, subtype, tolerance):
     audio, exact = load_audio(str(tmp_path / name)), load_audio(str(tmp_path / "float.wav"))
     assert audio.dtype == np.float32 and audio.ndim == 1 and abs(len(audio) - 16_000) <= 1
     assert np.abs(audio - exact)[1_000:-1_000].max() < tolerance
+
+
+# case: samples and rate, or the file's bytes; what the message names
+BAD = {
+    "8 channels": ((np.ones((1600, 8)), 16_000), ["8 channels", "-ac 1"]),
+    "192 kHz": ((np.ones(16_000), 192_000), ["192000 Hz", "-ar 16000"]),
+    "an hour": ((np.ones(3_600_000), 1_000), ["3600 s", "-t 30"]),
+    "silence": ((np.zeros(1600), 16_000), ["silence"]),
+    "samples like 1e30": ((np.full(1600, 1e30), 16_000), ["1e+30"]),
+    "infinite samples": ((np.full(1600, np.inf), 16_000), ["infinite"]),
+    "text": (b"This is no sound.", []),
+    "empty": (b"", []),
+    "raw samples": (bytes(32_000), []),
+    "zero samples": ((np.zeros(0), 16_000), ["0 ms"]),
+    "5 ms": ((np.ones(80), 16_000), ["5 ms"]),
+    "NaN": ((np.where(np.arange(16_000) == 8_000, np.nan, 0), 16_000), ["NaN"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_clip_is_one_line_that_names_it(tmp_path, case):
+    content, named = BAD[case]
+    path = tmp_path / ("a.raw" if case == "raw samples" else "a.wav")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        soundfile.write(path, *content, subtype="FLOAT")
+    with pytest.raises(InputError) as error:
+        load_audio(str(path))
+    assert "\n" not in str(error.value) and [name for name in [str(path), *named] if name not in str(error.value)] == []
 
 
 @pytest.mark.parametrize("file, number", [("train_r1aqa.jsonl", 89), ("test_mmau.json", 44)])

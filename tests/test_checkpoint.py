@@ -14,7 +14,16 @@ from forked import run_processes
 from training_runs import lines, names
 
 import checkpoint
-from checkpoint import find_state, load_state, open_run, save_checkpoint, save_run, save_state
+from checkpoint import (
+    REMEMBERED,
+    find_state,
+    load_state,
+    open_run,
+    remembered_template,
+    save_checkpoint,
+    save_run,
+    save_state,
+)
 from errors import InputError
 from optimizer import ShardedAdamW
 
@@ -113,6 +122,17 @@ def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, tiny, monke
     save_checkpoint(folder, model, processor)  # on top of the remains
     assert names(tmp_path) == ["step_000002"] and list(tmp_path.glob("*.unfinished")) == []
     assert (folder / "model.safetensors").exists() and not (folder / "of_the_earlier_one").exists()
+
+
+def test_a_checkpoint_remembers_its_template(tiny, tmp_path):
+    for folder, template in (("told", "think"), ("untold", None)):
+        save_checkpoint(tmp_path / folder, *tiny, template)
+        assert remembered_template(tmp_path / folder) == template
+    assert remembered_template("Qwen/Qwen2-Audio-7B-Instruct") is None
+    for text in ("{", "[]", "{}", '{"template": "none of these"}'):
+        (tmp_path / REMEMBERED).write_text(text)
+        with pytest.raises(InputError, match=f"{REMEMBERED}: cannot be used .*--template"):
+            remembered_template(tmp_path)
 
 
 # ---- what a run continues from ----

@@ -1,7 +1,5 @@
-"""toy.py --listen: which clips are drawn, what is written beside them, their spectrograms, and the command."""
+"""The contact sheet: which clips are drawn, what is written beside them, and their spectrograms."""
 
-import json
-import sys
 from collections import Counter
 
 import matplotlib.image
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 import soundfile
 
-import toy
 from contact_sheet import bin_of, draw_contact_sheet, lines_of, log_mel, pick
 from data import Question, load_questions
 from errors import InputError
@@ -84,50 +81,3 @@ def test_picture(questions, tmp_path):
     with pytest.raises(InputError, match="the picture cannot be written there"):
         draw_contact_sheet(path.parent, [odd], 40, 30)
     assert [file.name for file in path.parent.parent.iterdir() if "unfinished" in file.name] == []
-
-
-# ---- the command ----
-
-
-def listen(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["toy.py", *map(str, flags)])
-    toy.main()
-
-
-def test_command_makes_the_world_and_no_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "write_world", lambda folder, **change: write_world(folder, 20, 4, **change))
-    listen(monkeypatch, "--listen")
-    assert "picture: runs/toy/listen.png" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "runs" / "toy").iterdir()) == ["listen.png", "world"]
-    first = (tmp_path / "runs" / "toy" / "listen.png").read_bytes()
-    listen(monkeypatch, "--listen", "--out", "other.png", "--seed", 0)
-    assert (tmp_path / "other.png").read_bytes() == first
-
-
-def test_command_with_the_users_questions(questions, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    records = [{"audio": q.audio, "question": "$?", "choices": ["a", "b"], "answer": "a"} for q in questions]
-    (tmp_path / "mine.json").write_text(json.dumps(records))
-    listen(monkeypatch, "--listen", "--questions", "mine.json", "--out", "mine.png")
-    assert "picture: mine.png" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "mine.png"]
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ([], "the following arguments are required: --questions, --out"),
-        (["--questions", "x"], "the following arguments are required: --out"),
-        (["--listen", "--questions", "x"], "the following arguments are required: --out"),
-        (["--listen", "--audio_dir", "x"], "--audio_dir needs --questions"),
-        (["--listen", "--steps", "3"], "--steps does not go with --listen"),
-        (["--listen", "--skip_bad_audio"], "--skip_bad_audio does not go with --listen"),
-        (["--listen", "--out", "questions.json"], "let --out end in .png"),
-    ],
-    ids=str,
-)
-def test_command_asks_for_what_it_needs(monkeypatch, capsys, flags, message):
-    with pytest.raises(SystemExit):
-        listen(monkeypatch, *flags)
-    assert message in capsys.readouterr().err

@@ -72,17 +72,17 @@ def run(world_size, parts, dtype, questions, folder):
 
 
 @pytest.fixture(scope="module")
-def one_process(questions, tmp_path_factory):
+def alone(questions, tmp_path_factory):
     """What a single process gets in one part, in float32."""
     return run(1, 1, torch.float32, questions, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_parts_do_not_change_the_result(questions, one_process, tmp_path, world_size, parts):
+def test_processes_and_parts_do_not_change_the_result(questions, alone, tmp_path, world_size, parts):
     ranks = run(world_size, parts, torch.float32, questions, tmp_path)
     start = toy.make_model(questions, seconds=2, seed=0)[0].state_dict()
-    assert ranks[0]["grad_norms"] == pytest.approx(one_process["grad_norms"], rel=1e-5)
-    for name, weight in one_process["weights"].items():
+    assert ranks[0]["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-5)
+    for name, weight in alone["weights"].items():
         assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks), name
         off = (ranks[0]["weights"][name] - weight).abs()  # of a way of up to 10 steps x 1e-4
         assert off.max() < 2e-5 and off.mean() < 1e-8, name

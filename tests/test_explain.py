@@ -19,7 +19,7 @@ import grpo_aqa
 import runtime
 from checkpoint import save_checkpoint
 from explain_page import Colored, Table, num, to_html, to_text
-from explain_step import Token, compare, take_apart, take_step
+from explain_step import Token, check_sums, take_apart, take_step
 from grpo_aqa import grpo_loss
 from lora import add_lora
 from policy import completion_logprobs, freeze_audio_tower
@@ -59,7 +59,7 @@ def test_tokens_add_up_to_the_loss_and_have_its_gradient(seed, variant):
     loss.backward()
     words = [["word"] * n for n in mask.sum(dim=1).tolist()]
     completions = take_apart(args, words, logprobs.detach(), old, ref, advantages, length)
-    compare(completions, {name: value.item() for name, value in (stats | {"loss": loss}).items()}, length)
+    check_sums(completions, {name: value.item() for name, value in (stats | {"loss": loss}).items()}, length)
     gradients = torch.zeros(6, 7)
     for i, tokens in enumerate(completions):
         gradients[i, : len(tokens)] = torch.tensor([token.gradient for token in tokens])
@@ -77,9 +77,9 @@ def test_a_difference_from_the_training_loop_is_an_error(name, wrong):
         [Token("a", -1.0, -1.2, -1.1, 1.2, True, 0.3, 0.5, 0.0), Token("b", -1.0, -1, -1, 1.0, False, 0.1, 0.7, 0)]
     ]
     stats = {"loss": 0.6, "kl": 0.2, "clip_fraction": 0.5}
-    compare(tokens, stats, None)
+    check_sums(tokens, stats, None)
     with pytest.raises(RuntimeError, match=f"{name}: the tokens add up to"):
-        compare(tokens, stats | {name: stats[name] + wrong}, None)
+        check_sums(tokens, stats | {name: stats[name] + wrong}, None)
 
 
 # ---- the step ----
@@ -155,6 +155,16 @@ def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_proce
     assert "Of 0 with a positive advantage, 0 became likelier; of 0" in text
 
 
+def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_process, rewarded):
+    model = copy.deepcopy(tiny[0])
+    freeze_audio_tower(model)
+    runs = []
+    model.model.audio_tower.conv1.register_forward_hook(lambda *_: runs.append(1))
+    args = settings()
+    args.freeze_audio_tower = True
+    assert take_step(args, model, tiny[1], questions, CPU).looked_at == len(runs)  # once for each question's prompt
+
+
 # ---- the story ----
 
 
@@ -194,7 +204,7 @@ class Page(HTMLParser):
     "variant, said, unsaid",
     [
         ({"updates_per_rollout": 2}, ["+ 0.04 * KL", "deviation + 0.0001", "(update 2 of 2)", "own length"], []),
-        ({"ratio": "sequence"}, ["exp(mean of policy - rollout over the completion)"], ["= exp(policy - rollout)"]),
+        ({"ratio": "sequence"}, ["exp(mean of policy - old over the completion)"], ["= exp(policy - old)"]),
         ({"beta": 0.0}, ["without a KL term"], ["reference - policy", "* KL"]),
         (
             {"loss_average": "token", "clip_high": 0.28},
@@ -236,7 +246,7 @@ def test_text_and_page_have_the_steps_numbers(tiny, questions, one_process, rewa
     for (shown, numbers), token in zip(page.tokens, tokens):
         assert shown == token.text.replace("\n", "↵\n") and numbers["token"] == repr(token.text)
         assert numbers["clipped"] == ("yes" if token.clipped else "no")
-        values = {"policy": token.policy, "rollout": token.rollout, "ratio": token.ratio, "loss term": token.loss}
+        values = {"policy": token.policy, "old": token.old, "ratio": token.ratio, "loss term": token.loss}
         values |= {"gradient": token.gradient}
         values |= {"reference": token.reference, "KL": token.kl} if args.beta else {}
         assert {name: float(numbers[name]) for name in values} == pytest.approx(values, abs=6e-7)
@@ -339,13 +349,3 @@ def test_torchrun_with_two_processes_is_refused(saved, tmp_path):
     )
     assert done.returncode != 0 and done.stderr.count("grpo_aqa.py: error: --explain is for a single process") == 1
     assert "1. The prompt" not in done.stdout and list(tmp_path.iterdir()) == []
-
-
-def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_process, rewarded):
-    model = copy.deepcopy(tiny[0])
-    freeze_audio_tower(model)
-    runs = []
-    model.model.audio_tower.conv1.register_forward_hook(lambda *_: runs.append(1))
-    args = settings()
-    args.freeze_audio_tower = True
-    assert take_step(args, model, tiny[1], questions, CPU).looked_at == len(runs)  # once for each question's prompt

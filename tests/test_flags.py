@@ -12,21 +12,31 @@ import sft_aqa
 import toy
 from flags import LIMITS, outside_limits
 
-MODEL, DATA = ("--model", "m"), ("--data", "q.jsonl")
+CHECKPOINT = ["--ckpt", "m", "--out", "p", "--data", "q.jsonl"]
 TRAINING = ("steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "lr", "max_grad_norm", "seed",
             "save_every", "keep_last", "lora_rank", "lora_alpha", "lora_dropout")  # fmt: skip
 GRPO = ("group_size", "temperature", "beta", "clip_low", "clip_high", "updates_per_rollout", "log_completions_every")
 EVALUATION = ("batch_size", "limit", "max_new_tokens", "samples", "shuffle_choices", "check_batching", "seed")
+MEASURING = ("group_size", "prompts_per_rank", "clip_seconds", "max_new_tokens")
 REPRODUCE = ("seeds", "steps", "nproc_per_node", "label_noise", "heldout_noise", "seconds_per_step")
 # script: (what parses its command line, what else the command needs, its numeric flags)
 SCRIPTS = {
     "grpo_aqa.py": (grpo_aqa.parse_args, [], TRAINING + GRPO),
     "sft_aqa.py": (sft_aqa.parse_args, [], TRAINING),
-    "eval_mmau.py": (eval_mmau.parse_args, ["--ckpt", "m", "--out", "p", *DATA], EVALUATION),
+    "eval_mmau.py": (eval_mmau.parse_args, CHECKPOINT, EVALUATION),
+    "eval_mmau.py, sampling": (eval_mmau.parse_args, [*CHECKPOINT, "--samples", "2"], ("temperature",)),
     "reproduce.py": (reproduce.parse_args, [], REPRODUCE),
     "toy.py": (toy.parse_args, ["--questions", "q", "--out", "x"], ("random_answers", "steps", "seed")),
-    "bench.py memory": (bench.parse_args, ["memory"], ("gpus", "clip_seconds", "max_new_tokens", "group_size", "beta")),
-    "bench.py scale": (bench.parse_args, ["scale"], ("rounds", "seconds_per_point", "clip_seconds", "max_new_tokens")),
+    "bench.py memory": (bench.parse_args, ["memory"], (*MEASURING, "gpus", "accumulation_steps", "beta", "lora_rank")),
+    "bench.py scale": (bench.parse_args, ["scale"], (*MEASURING, "rounds", "seconds_per_point")),
+    "bench.py eval": (
+        bench.parse_args,
+        ["eval"],
+        ("clip_seconds", "max_new_tokens", "rounds", "questions", "batch_size"),
+    ),
+}
+SCRIPTS |= {
+    f"bench.py {name}": (bench.parse_args, [name], (*MEASURING, "rounds")) for name in ("step", "sample", "train")
 }
 ZERO_IS_FINE = {"seed", "keep_last", "lora_rank", "lora_dropout", "beta", "shuffle_choices", "random_answers",
                 "label_noise", "heldout_noise"}  # fmt: skip
@@ -55,7 +65,7 @@ def test_limits_name_their_ends():
     assert outside_limits("steps", 0) == "--steps must be at least 1, not 0"
 
 
-def test_every_numeric_flag_has_limits(monkeypatch):
+def test_every_numeric_flag_has_limits():
     """A flag without them would end in a KeyError; all defaults lie within theirs."""
     for parse_args, others, flags in SCRIPTS.values():
         numbers = {name for name, value in vars(parse_args(others)).items() if type(value) in (int, float)}

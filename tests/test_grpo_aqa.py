@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.testing import assert_close
 
 from data import Question
@@ -166,14 +165,6 @@ def test_loss_is_float32_for_bfloat16_inputs():
 
 
 # ---- variants ----
-
-
-@pytest.fixture
-def one_process():
-    """This process as a group of its own."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_what_a_completion_is_divided_by(one_process):

@@ -18,7 +18,6 @@ from transformers import Qwen2AudioForConditionalGeneration
 
 import eval_mmau
 import lora
-import predictions
 import preflight
 from checkpoint import (
     REMEMBERED,
@@ -307,25 +306,6 @@ def test_what_is_no_adapter_of_its_base_is_one_line(home, tmp_path, damage):
         with pytest.raises(InputError, match=message) as error:
             load()
         assert re.fullmatch(rf"{re.escape(str(folder))}: .{{1,500}}", str(error.value))
-
-
-def test_a_checkpoint_remembers_its_template(home, tmp_path):
-    assert remembered_template(home / "adapter") == "think" and remembered_template(home / "base") is None
-    assert remembered_template("Qwen/Qwen2-Audio-7B-Instruct") is None
-    for text in ("{", "[]", "{}", '{"template": "none of these"}'):
-        (tmp_path / REMEMBERED).write_text(text)
-        with pytest.raises(InputError, match=f"{REMEMBERED}: cannot be used .*--template"):
-            remembered_template(tmp_path)
-
-
-def test_an_adapter_is_told_by_its_base_too(home, tmp_path):
-    folder = shutil.copytree(home / "base", tmp_path / "base")
-    adapter = shutil.copytree(home / "adapter", tmp_path / "adapter")
-    config_with(base_model_name_or_path=str(folder))(adapter)
-    before = predictions.identify_checkpoint(str(adapter))
-    assert before == predictions.identify_checkpoint(str(adapter))
-    (folder / "model.safetensors").touch()
-    assert before != predictions.identify_checkpoint(str(adapter))
 
 
 # ---- the evaluation ----

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from optimizer import ShardedAdamW, assign_owners, global_norm
 
+pytestmark = pytest.mark.usefixtures("one_process")
 LR, STEPS = 1e-6, 200
 
 
@@ -30,13 +30,6 @@ def with_torch(dtype):
         parameter.grad = gradient.to(dtype)
         adamw.step()
     return parameter.detach()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def with_masters(dtype):

@@ -88,19 +88,6 @@ def random_completions(model, lengths, audio_word=False):
     return completions, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-def test_batches_encoded_ahead_are_those_encoded_on_the_spot(tiny, questions):
-    """In order, none left out; what cannot be read raises where it is due, not before."""
-    processor, shares = tiny[1], [questions[:2], questions[1:3], questions[3:]]
-    for share, (batch, prompt) in zip(shares, policy.encode_ahead(processor, iter(shares), "answer"), strict=True):
-        assert batch == share
-        assert_close(prompt, encode_prompts(processor, share, "answer"), rtol=0, atol=0)
-    missing = [Question("x", "no.wav", "What?", ["a", "b"], "a")]
-    ahead = policy.encode_ahead(processor, iter([questions[:1], missing]), "answer")
-    assert next(ahead)[0] == questions[:1]
-    with pytest.raises(InputError, match="no.wav"):
-        next(ahead)
-
-
 # ---- log-probs ----
 
 
@@ -293,13 +280,26 @@ def test_trimmed_audio_has_the_audio_tokens_of_the_full_30_seconds(long, seconds
     assert torch.equal(prompt["feature_attention_mask"], full["feature_attention_mask"][:, :trimmed])
     assert prompt["feature_attention_mask"].sum(-1).tolist() == frames
 
-    features = policy.audio_features(model, prompt)
+    features = policy.audio_features(model, prompt, policy.run_audio_tower(model, prompt))
     is_audio = prompt["input_ids"] == model.config.audio_token_id
     assert len(features) == is_audio.sum()
     assert_close(features, merged_embeds(model, full)[is_audio], rtol=0, atol=1e-11)
 
 
 # ---- prompts ----
+
+
+def test_batches_encoded_ahead_are_those_encoded_on_the_spot(tiny, questions):
+    """In order, none left out; what cannot be read raises where it is due, not before."""
+    processor, shares = tiny[1], [questions[:2], questions[1:3], questions[3:]]
+    for share, (batch, prompt) in zip(shares, policy.encode_ahead(processor, iter(shares), "answer"), strict=True):
+        assert batch == share
+        assert_close(prompt, encode_prompts(processor, share, "answer"), rtol=0, atol=0)
+    missing = [Question("x", "no.wav", "What?", ["a", "b"], "a")]
+    ahead = policy.encode_ahead(processor, iter([questions[:1], missing]), "answer")
+    assert next(ahead)[0] == questions[:1]
+    with pytest.raises(InputError, match="no.wav"):
+        next(ahead)
 
 
 def test_a_slice_of_a_batch_is_the_batch_of_those_questions(tiny, questions):

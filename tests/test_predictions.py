@@ -31,6 +31,20 @@ def test_a_checkpoint_is_told_by_its_model_files(mmau, tmp_path):
         assert before != (before := predictions.identify_checkpoint(str(tmp_path / "model")))
 
 
+def test_an_adapter_is_told_by_its_base_too(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, name in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
+        folder.mkdir()
+        (folder / name).touch()
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(base)})
+    )
+    before = predictions.identify_checkpoint(str(adapter))
+    assert before == predictions.identify_checkpoint(str(adapter))
+    os.utime(base / "model.safetensors", (1, 1))
+    assert before != predictions.identify_checkpoint(str(adapter))
+
+
 def test_predictions_are_done_while_file_and_settings_are_those(tmp_path):
     """Whatever differs, in the settings or in the file, is not taken for done, and is kept as .old."""
     out, settings, records = str(tmp_path / "p.json"), {"seed": 1, "template": "answer"}, [{"model_prediction": "é"}]

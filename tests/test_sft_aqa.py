@@ -81,16 +81,9 @@ def test_loss_counts_target_tokens_alone():
     assert sft_aqa.sft_loss(logprobs, mask, length=1.5).item() == pytest.approx((1 + 2 + 4) / 3)
 
 
-@pytest.fixture
-def single_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("template", ["direct", "answer"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_loss_and_gradient_are_those_of_transformers(tiny, questions, single_process, template, parts):
+def test_loss_and_gradient_are_those_of_transformers(tiny, questions, one_process, template, parts):
     model, processor = tiny
     model.zero_grad(set_to_none=True)
     theirs(model, processor, questions, template).backward()

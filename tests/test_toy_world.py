@@ -1,0 +1,64 @@
+"""The toy's world: its levers change what they name and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from toy_world import with_label_noise, write_world
+
+
+def read(folder):
+    """(training records, held-out records, samples of each clip) of a world."""
+    train = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    clips = {path.name: soundfile.read(path, always_2d=True)[0] for path in sorted((folder / "audio").iterdir())}
+    return train, json.loads((folder / "heldout.json").read_text()), clips
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """The same small world as it is, with ten times the noise held out, and with half of the labels wrong."""
+    folder = tmp_path_factory.mktemp("worlds")
+    changes = {"plain": {}, "noisy": {"heldout_noise": 10.0}, "mislabelled": {"label_noise": 0.5}}
+    for name, change in changes.items():
+        write_world(folder / name, num_train=20, num_heldout=20, **change)
+    return {name: read(folder / name) for name in changes}
+
+
+def test_heldout_noise_is_added_to_heldout_clips_alone(worlds):
+    """The clip is the same and its noise ten times as strong, as far as samples are not clipped to full scale."""
+    (train, heldout, plain), (noisy_train, noisy_heldout, noisy) = worlds["plain"], worlds["noisy"]
+    assert train == noisy_train and heldout == noisy_heldout and plain.keys() == noisy.keys()
+    strength = {"easy": 0.003, "medium": 0.01, "hard": 0.03}
+    for record in train:
+        name = record["audio_path"].split("/")[-1]
+        assert np.array_equal(plain[name], noisy[name])
+    for record in heldout:
+        name = record["audio_id"].split("/")[-1]
+        inside = (abs(plain[name]) < 0.99) & (abs(noisy[name]) < 0.99)
+        added = (noisy[name] - plain[name])[inside]  # 9 times the noise that was there
+        assert added.std() == pytest.approx(9 * strength[record["difficulty"]], rel=0.15)
+
+
+def test_label_noise_changes_training_answers_alone(worlds):
+    (train, heldout, clips), (noisy_train, noisy_heldout, noisy_clips) = worlds["plain"], worlds["mislabelled"]
+    assert heldout == noisy_heldout and all(np.array_equal(clips[name], noisy_clips[name]) for name in clips)
+    assert sum(a["answer"] != b["answer"] for a, b in zip(train, noisy_train)) == 10
+    assert [a | {"answer": 0} for a in train] == [b | {"answer": 0} for b in noisy_train]
+
+
+def test_with_label_noise():
+    records = [{"id": i, "multi_choice": list("abcd"), "answer": i % 4} for i in range(3000)]
+    before = json.dumps(records)
+    noisy = with_label_noise(records, 0.3, seed=1)
+    assert json.dumps(records) == before and noisy == with_label_noise(records, 0.3, seed=1)
+    moved = [(b["answer"] - a["answer"]) % 4 for a, b in zip(records, noisy)]
+    assert moved.count(0) == 2100
+    assert all(abs(moved.count(k) - 300) < 60 for k in (1, 2, 3))  # each wrong choice alike: deviation 14
+    where = [i for i, k in enumerate(moved) if k]
+    assert np.mean(where) == pytest.approx(1500, abs=100)  # all over the file: deviation 29
+    other = with_label_noise(records, 0.3, seed=2)
+    assert other != noisy and sum(a != b for a, b in zip(records, other)) == 900
+    assert with_label_noise(records, 0.0, seed=1) == records
+    assert not any(a["answer"] == b["answer"] for a, b in zip(records, with_label_noise(records, 1.0, seed=1)))
