@@ -17,7 +17,7 @@ from tqdm import tqdm
 from audio import audio_seconds
 from data import Question, build_prompt
 from decoding import GroupDecoder
-from files import set_aside
+from files import set_aside, writing
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
 from preflight import TOKENS_PER_SECOND
 from reward import format_reward, guessing, prediction
@@ -101,12 +101,19 @@ def similar_lengths(processor, questions: list[Question], template: str, batch_s
 
 
 def score_greedily(
-    model, processor, questions: list[Question], template: str, max_new_tokens: int, cuda_graph: bool = True
+    model,
+    processor,
+    questions: list[Question],
+    template: str,
+    max_new_tokens: int,
+    batch_size: int,
+    cuda_graph: bool = True,
 ) -> tuple[float, float] | None:
     """Greedy accuracy by MMAU's rule and share of well-formed completions, the questions shared over the ranks."""
     if not questions:
         return None
-    answers = answer_questions(model, processor, questions, template, max_new_tokens, 32, cuda_graph=cuda_graph)
+    settings = template, max_new_tokens, batch_size
+    answers = answer_questions(model, processor, questions, *settings, cuda_graph=cuda_graph)
     pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
     correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
     format_ = sum(format_reward(completion, template) for _, completion in pairs)
@@ -122,6 +129,8 @@ def heldout_table(questions: list[Question], scores: dict[str, tuple[float, floa
 
 
 # ---- the journal ----
+
+CONTINUE = "see to the disk; the same command continues from what is answered"
 
 
 def read_journal(path: str, settings: dict, num_questions: int, samples: int) -> dict[int, list[str]]:
@@ -155,8 +164,8 @@ def read_journal(path: str, settings: dict, num_questions: int, samples: int) ->
 
 
 def append_journal(path: str, answers: dict[int, list[str]]) -> None:
-    """Add answers to a journal that read_journal has prepared."""
-    with open(path, "a", encoding="utf-8") as file:
+    """Add answers to a journal that read_journal has prepared. Raises InputError."""
+    with writing(Path(path), lambda: CONTINUE), open(path, "a", encoding="utf-8") as file:
         for i, completions in answers.items():
             file.write(_line(i, completions) + "\n")
 

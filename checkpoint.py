@@ -1,8 +1,10 @@
 """The run folder: settings, Hugging Face checkpoints, and the state to resume from."""
 
+import hashlib
 import json
 import pickle
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from files import (
     step_of,
     sync,
     write_text,
-    writing,
+    writing_run,
 )
 from lora import lora_layers, save_adapter
 from metrics import cut_jsonl, draw_curves
@@ -31,8 +33,8 @@ from runtime import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait
 RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"]
 RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # Settings that may differ when a run is resumed: they do not alter what is learned, beyond rounding (and what an
-# adapter's dropout drops).
-FREE_SETTINGS = {"out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
+# adapter's dropout drops). Questions may lie elsewhere; that they are the same, questions_digest says.
+FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph", "launchers"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version"}  # is compared for itself
@@ -107,10 +109,29 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
             _continue_run(out, config, state)
         else:
             _start_run(out, config)
+        return _digest(out / "config.json")
 
-    on_rank_0(change_folder)
-    if not all(gather((out / "config.json").exists())):
+    written = on_rank_0(change_folder)
+    if not all(gather(_appears(out / "config.json", written))):
         raise SharedInputError(f"{out}: not a folder that all nodes share, as --out has to be")
+
+
+def _appears(path: Path, digest: str, seconds: float = 60) -> bool:
+    """Whether a file of that content is here, or comes within the seconds that a network disk may take. A file of
+    that name alone may be of an earlier run on this node's own disk."""
+    deadline = time.monotonic() + seconds
+    while _digest(path) != digest:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # not there yet, or just being replaced
+        return ""
 
 
 def _start_run(out: Path, config: dict) -> None:
@@ -211,7 +232,7 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     rank = dist.get_rank()
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     rank_state["dropout"] = {device: default.get_state() for device, default in _default_generators(generator).items()}
-    with writing(folder / f"rank_{rank}.pt", out):
+    with writing_run(folder / f"rank_{rank}.pt", out):
         torch.save(rank_state, unfinished / f"rank_{rank}.pt")
         sync(unfinished / f"rank_{rank}.pt")
     wait_for_all_ranks()
@@ -219,7 +240,7 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     def finish_state():
         exit_if_abandoned()
         saved = progress | {"world_size": dist.get_world_size()}
-        with writing(folder, out):
+        with writing_run(folder, out):
             write_text(unfinished / "progress.json", json.dumps(saved, indent=2) + "\n")
             for name in ("metrics.jsonl", "completions.jsonl"):  # what leads up to this state is not younger than it
                 if (out / name).exists():
@@ -297,15 +318,18 @@ def save_run(
         sys.stdout.flush()
         if checkpoint:
             folder = out / f"step_{step:06d}"
-            with writing(folder, out):
+            with writing_run(folder, out):
                 save_checkpoint(folder, policy, processor, template)
-            for folder in step_folders(out)[:-keep_last] if keep_last else []:
-                remove(folder)
-        with writing(out / "curves.png", out):
+        with writing_run(out / "curves.png", out):
             draw_curves(out)
+
+    def remove_earlier():
+        for folder in step_folders(out)[:-keep_last] if keep_last else []:
+            remove(folder)
 
     on_rank_0(write_checkpoint)
     save_state(out, progress, optimizer, generator)
+    on_rank_0(remove_earlier)  # only now: without the state, --resume goes back to before this checkpoint, and drops it
 
 
 def state_bytes(policy) -> int:

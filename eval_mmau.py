@@ -27,7 +27,7 @@ from checkpoint import remembered_template, save_checkpoint
 from data import TEMPLATES, Question, parse_records, read_records
 from errors import SHOWN, InputError
 from eval_report import run_report, write_html
-from files import free_bytes, step_folders
+from files import free_bytes, step_folders, writing
 from flags import Parser
 from lora import is_adapter
 from policy import DTYPES, load_policy, pick_dtype
@@ -49,6 +49,7 @@ from runtime import (
     load_on_all_ranks,
     memory_errors,
     on_rank_0,
+    require_gpu_each,
     setup_distributed,
 )
 from scores import ablation_table, accuracy_table, compare, is_right, percent, samples_table
@@ -316,7 +317,8 @@ def merge_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
     size, free = sum(p.nbytes for p in model.parameters()), free_bytes(Path(args.merge))
     if free < size:
         raise InputError(f"{args.merge}: the model takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
-    save_checkpoint(Path(args.merge), model, processor, template)
+    with writing(Path(args.merge), lambda: "see to the disk, then try again"):
+        save_checkpoint(Path(args.merge), model, processor, template)
     print(f"merged model, {str(dtype)[6:]}, {size / 1e9:.2f} GB: {args.merge}")
 
 
@@ -377,13 +379,16 @@ def main() -> int:
     _, _, device = setup_distributed()
 
     def work():
+        require_gpu_each()
         with memory_errors("the evaluation"):
             if args.merge:
                 on_rank_0(lambda: merge_checkpoint(args, device))
             else:
                 evaluate(args, device)
 
-    return finish_together("eval_mmau.py", work, "the same command continues from what is answered")
+    keeps = not (args.merge or args.check_batching)
+    left = "the same command continues from what is answered" if keeps else "nothing was written"
+    return finish_together("eval_mmau.py", work, interrupted=lambda: left)
 
 
 if __name__ == "__main__":

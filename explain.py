@@ -230,4 +230,4 @@ def explain(args) -> int:
                 raise SharedInputError(f"--explain_html {args.explain_html}: cannot be written ({error})") from None
             print(f"\npage: {args.explain_html}")
 
-    return finish_together("grpo_aqa.py", work)
+    return finish_together("grpo_aqa.py", work, interrupted=lambda: "nothing was written")

@@ -28,14 +28,13 @@ from policy import (
     Prompt,
     completion_logprobs,
     decode_text,
-    encode_prompts,
     listen,
     sample_group,
     stop_token_ids,
     to_device,
 )
 from runtime import data_parallel
-from training import recomputes_layers
+from training import encode_one, recomputes_layers
 
 LOOK_THROUGH = 16  # questions, for one whose completions have different rewards
 
@@ -101,17 +100,20 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     seed = args.seed * 100_003  # the run's on rank 0
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
-    stop_ids, first = stop_token_ids(policy, processor), None
+    stop_ids, first, bad_clips = stop_token_ids(policy, processor), None, dict[str, str]()
     count = min(LOOK_THROUGH, len(questions))
     for number, i in enumerate(step_indices(len(questions), 0, count, 0, args.seed), start=1):
-        prompt = to_device(encode_prompts(processor, [questions[i]], args.template), device)
+        question, prompt = encode_one(args, processor, questions, i, bad_clips)
+        if question is not questions[i]:
+            print(f"{questions[i].place}: {bad_clips[questions[i].place]}; another question takes its place")
+        prompt = to_device(prompt, device)
         if args.freeze_audio_tower:
             prompt = listen(policy, prompt)
         sampling = args.group_size, args.max_new_tokens, args.temperature, stop_ids, generator
         completions, mask = sample_group(policy, prompt, *sampling)
         texts = decode_text(processor, completions, mask)
-        rewards = score_completions(texts, [questions[i]], args.template)
-        group = Group(questions[i], prompt, completions, mask, texts, *rewards)
+        rewards = score_completions(texts, [question], args.template)
+        group = Group(question, prompt, completions, mask, texts, *rewards)
         if (group.rewards != group.rewards[0, 0]).any():
             return group, number
         first = first or group

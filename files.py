@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -139,13 +139,16 @@ def what_is_saved(out: Path) -> str:
 
 
 @contextmanager
-def writing(path: Path, out: Path) -> Iterator[None]:
-    """Inside `with`, what fails to be written to `path` in the run folder `out` ends in an InputError."""
+def writing(path: Path, remedy: Callable[[], str]) -> Iterator[None]:
+    """Inside `with`, what fails to be written to `path` ends in an InputError, with what to do when there is room."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: of torch.save
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(
-            f"{path}: could not be written ({reason}), with {free_bytes(out) / 1e9:.2f} GB free; {what_is_saved(out)}; "
-            "see to the disk, then continue with --resume"
-        ) from None
+        reason, free = " ".join(str(error).split())[:300], free_bytes(path.parent) / 1e9
+        message = f"{path}: could not be written ({reason}), with {free:.2f} GB free; {remedy()}"
+        raise InputError(message) from None
+
+
+def writing_run(path: Path, out: Path):
+    """`writing` of a file of the run folder `out`."""
+    return writing(path, lambda: f"{what_is_saved(out)}; see to the disk, then continue with --resume")

@@ -172,6 +172,13 @@ def adapter_base(folder: str) -> str:
     return base
 
 
+def base_of(name_or_path: str) -> str:
+    """The model below an adapter, or below adapters on adapters; of any other model, itself."""
+    while is_adapter(name_or_path):
+        name_or_path = adapter_base(name_or_path)
+    return name_or_path
+
+
 def merge_adapter(model, folder: str) -> None:
     """Merge an adapter folder into its loaded base, in place. Raises ValueError if it does not fit, and what peft and
     safetensors raise for files that they can't read."""

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from files import replacing, write_text, writing
+from files import replacing, write_text, writing_run
 
 # ---- a line at a time ----
 
 
 def append_jsonl(path: Path, record: dict) -> None:
     """Add one JSON line to a file of a run folder, as a whole or not at all. Raises InputError."""
-    with writing(path, path.parent):
+    with writing_run(path, path.parent):
         size = path.stat().st_size if path.exists() else 0
         try:
             # A path that is not UTF-8 holds halves of surrogate pairs: their escapes are JSON's own.
@@ -43,6 +43,11 @@ def cut_jsonl(path: Path, step: int) -> None:
         print(f"{path}: {len(damaged)} of {len(lines)} lines are damaged; they are now in {aside}", flush=True)
     kept = [line.decode() + "\n" for line, record in zip(lines, records) if record and record["step"] <= step]
     write_text(path, "".join(kept))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The records of a file of a run folder, without damaged lines; none while there is no such file."""
+    return [record for record in map(_parse_line, _complete_lines(path)) if record] if path.exists() else []
 
 
 def _complete_lines(path: Path) -> list[bytes]:
@@ -96,7 +101,7 @@ def draw_curves(out: Path) -> None:
     """
     from matplotlib.figure import Figure  # here, because it takes a second that most commands need not wait
 
-    metrics = [record for record in map(_parse_line, _complete_lines(out / "metrics.jsonl")) if record]
+    metrics = read_jsonl(out / "metrics.jsonl")
     steps = [m["step"] for m in metrics]
     shown = [name for name in CURVES if any(name in m for m in metrics)]  # supervised training has no rewards
     if not shown:

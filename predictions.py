@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from errors import InputError
-from files import check_folder, set_aside, write_text
+from files import check_folder, set_aside, write_text, writing
 from lora import adapter_base, is_adapter
 from reward import prediction
 from scores import majority_vote
@@ -87,7 +87,7 @@ def as_saved(settings: dict, predictions: bytes) -> dict:
 
 
 def write_predictions(out: str, records: list[dict], settings: dict) -> None:
-    """Write a predictions file and its settings beside it, and remove its journal.
+    """Write a predictions file and its settings beside it, and remove its journal. Raises InputError.
 
     A file of that name that is of other settings, or was changed since it was written, is kept as .old, .old_2, ...
     """
@@ -97,8 +97,9 @@ def write_predictions(out: str, records: list[dict], settings: dict) -> None:
             os.replace(settings_path(out), settings_path(str(aside)))
         print(f"{out} was of other settings, or changed since: it is now {aside}")
     text = json.dumps(records, indent=2) + "\n"  # in ASCII: MMAU's script opens it in whatever encoding is the default
-    write_text(Path(out), text)
-    write_text(Path(settings_path(out)), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
+    with writing(Path(out), lambda: "see to the disk; the same command continues from what is answered"):
+        write_text(Path(out), text)
+        write_text(Path(settings_path(out)), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
     Path(journal_path(out)).unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ from audio import audio_seconds, load_audio
 from data import Question, build_prompt, find_questions
 from errors import InputError, list_problems
 from files import write_text
-from lora import adapter_base, is_adapter
+from lora import adapter_base, base_of, is_adapter
 
 CACHE = "audio_headers.json"  # in a run folder
 TOKENS_PER_SECOND = 25  # of audio
@@ -208,9 +208,9 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
 
     Where the text's bytes already fit, its tokens, which are fewer, are not counted.
     """
-    base = adapter_base(name_or_path) if is_adapter(name_or_path) else name_or_path
     with loading_errors(name_or_path):
-        context = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().max_position_embeddings
+        config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
+        context = config.get_text_config().max_position_embeddings
     if max_new_tokens >= context:
         raise InputError(
             f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"

@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import json
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,7 +16,8 @@ from bench_speed import count_flops, matmul_rate
 from checkpoint import checkpoint_bytes, state_bytes
 from errors import InputError
 from files import free_bytes
-from lora import adapter_base, add_lora, is_adapter
+from lora import add_lora, base_of
+from metrics import read_jsonl
 from policy import pick_dtype
 from reproduce_rows import LORA_RANK, ROWS, Row, is_own, is_trained, read_record, row_folder
 from training import LORA_TARGETS
@@ -68,11 +68,8 @@ def floor_seconds(model: str, script: str) -> float:
 
 def step_times(args: argparse.Namespace, seed: int, row: Row) -> list[float]:
     """The seconds of each step that a row's training has written down."""
-    path = row_folder(args, seed, row) / "run" / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # without what a killed process may have left of a line
-    return [json.loads(line)["seconds"] for line in lines]
+    steps = read_jsonl(row_folder(args, seed, row) / "run" / "metrics.jsonl")
+    return [step["seconds"] for step in steps if isinstance(step.get("seconds"), int | float)]
 
 
 def step_seconds(args: argparse.Namespace, seed: int, row: Row) -> float | None:
@@ -107,9 +104,7 @@ def scripts_choice() -> tuple[torch.dtype, torch.device]:
 
 def base_config(model: str):
     """The configuration of a model or of an adapter's base."""
-    while is_adapter(model):
-        model = adapter_base(model)
-    return AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return AutoConfig.from_pretrained(base_of(model), trust_remote_code=False)
 
 
 # ---- disk ----

@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from policy import Prompt, completion_logprobs, load_policy
 
 # ---- processes ----
 
+FAILED = "failed"  # in the store: how many ranks have failed
 # Set by setup_distributed:
 _launcher = None  # id of the process that started this one
 _patient_group = None  # of all ranks, for waits that have no right length: a download, a checkpoint of many GB
@@ -54,6 +56,7 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
             print(f"{local_size} processes share {gpus} GPU(s): running on the CPU", flush=True)
     global _launcher, _patient_group, _store, _watcher
     _store = _meet(rank, world_size) if "RANK" in os.environ else dist.HashStore()  # without torchrun: nobody to meet
+    _require_same_device(rank, world_size, device)
     dist.init_process_group(
         backend,
         store=_store,
@@ -95,6 +98,29 @@ def _meet(rank: int, world_size: int) -> dist.Store:
                 absent.remove(other)
         time.sleep(0.01)
     return dist.PrefixStore(mine, store)
+
+
+def _require_same_device(rank: int, world_size: int, device: torch.device) -> None:
+    """End all ranks with one line if some have a GPU and others have none: they would wait for each other."""
+    _store.set(f"device/{rank}", device.type)
+    kinds = [_store.get(f"device/{other}").decode() for other in range(world_size)]
+    if len(set(kinds)) > 1:
+        if _store.add(FAILED, 1) == 1:
+            without = ", ".join(str(other) for other, kind in enumerate(kinds) if kind == "cpu")
+            message = f"no GPU of its own for rank {without}, and one for each other; look at nvidia-smi on all nodes"
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def require_gpu_each() -> None:
+    """Raise SharedInputError where a machine has GPUs, but fewer than processes, which therefore are on the CPU."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    short = f"{processes} processes share {gpus} GPU(s)" if 0 < gpus < processes else None
+    found = [said for said in gather(short) if said]
+    if found:
+        raise SharedInputError(
+            f"{found[0]}; start one for each, with --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to stay on the CPU"
+        )
 
 
 def wait_for_all_ranks() -> None:
@@ -151,11 +177,10 @@ def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.devic
 
 # ---- the end ----
 
-FAILED = "failed"  # in the store: how many ranks have failed
 
-
-def finish_together(script: str, work, interrupted: str = "--resume continues from what was saved last") -> int:
+def finish_together(script: str, work, interrupted: Callable[[], str]) -> int:
     """Call `work` on this rank and leave the process group in order. Returns the exit status: 1 after an error.
+    `interrupted` says what is left after Ctrl-C.
 
     What ends a rank is printed once, by the first rank that it happens to: a user's mistake and what the machine
     refuses as one line, all else with its traceback. The other ranks then end within seconds, wherever they are.
@@ -169,7 +194,7 @@ def finish_together(script: str, work, interrupted: str = "--resume continues fr
         _leave()
         return 1
     except KeyboardInterrupt:
-        _end_all(f"{script}: interrupted; {interrupted}", status=130)
+        _end_all(f"{script}: interrupted; {interrupted()}", status=130)
     except (InputError, OSError) as error:  # such as a clip that this rank alone cannot decode
         _end_all(f"{script}: error: {error}")
     except Exception as error:
@@ -282,6 +307,7 @@ LESS_MEMORY = {
     "reference": "raise --accumulation_steps; --beta 0 or --lora_rank hold no reference",
     "train": "raise --accumulation_steps, lower --group_size or --max_new_tokens, use --gradient_checkpointing on",
     "update": "use more GPUs, which share the optimizer's state, or --lora_rank",
+    "the held-out questions": "lower --prompts_per_rank or --max_new_tokens, or leave out --heldout",
     "the evaluation": "lower --batch_size, --samples or --max_new_tokens",
 }
 START = "use more or larger GPUs, --dtype bfloat16, --beta 0 or --lora_rank"
@@ -293,10 +319,11 @@ def memory_errors(phase: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # of a GPU, torch.OutOfMemoryError
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error)):
+        said = str(error)  # torch's allocator, CUDA and NCCL, which live on what torch leaves over, or cuBLAS
+        on_gpu = "out of memory" in said or "ALLOC_FAILED" in said
+        if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in said):
             raise
-        help, reason = LESS_MEMORY.get(phase, START), " ".join(str(error).split())[:200]
+        help, reason = LESS_MEMORY.get(phase, START), " ".join(said.split())[:200]
         where = "GPU memory" if on_gpu else "memory"
         raise InputError(f"out of {where} in phase {phase!r}: {help} ({reason})") from None
 

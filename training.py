@@ -34,7 +34,6 @@ from policy import (
     BadClip,
     Prompt,
     encode_ahead,
-    encode_prompts,
     freeze_audio_tower,
     listen,
     pick_dtype,
@@ -55,6 +54,7 @@ from runtime import (
     memory_errors,
     on_rank_0,
     peak_memory_gb,
+    require_gpu_each,
     setup_distributed,
 )
 
@@ -180,11 +180,13 @@ def run_training(args: argparse.Namespace, script: str, method: str, train) -> i
     started_by = launchers()
 
     def work():
+        if args.model != TOY_MODEL:
+            require_gpu_each()
         run = on_rank_0(lambda: prepare(args, method, started_by))
         with memory_errors("the start"):  # what comes later has a phase of its own
             train(args, run, device)
 
-    return finish_together(script, work)
+    return finish_together(script, work, interrupted=lambda: what_is_saved(Path(args.out)))
 
 
 def prepare(args: argparse.Namespace, method: str, started_by: list[str]) -> Run:
@@ -233,8 +235,8 @@ def recomputes_layers(args: argparse.Namespace, device: torch.device) -> bool:
 
 def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.device) -> Learner:
     """Begin a run with the loaded policy, or continue the one in args.out."""
-    any_prompt = to_device(encode_prompts(processor, run.questions[:1], args.template), device)
-    ddp_policy = data_parallel(policy, any_prompt, recomputes_layers(args, device))
+    _, any_prompt = encode_one(args, processor, run.questions, 0, bad_clips={})
+    ddp_policy = data_parallel(policy, to_device(any_prompt, device), recomputes_layers(args, device))
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own
     generator = torch.Generator(device).manual_seed(seed)
@@ -249,8 +251,10 @@ def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.d
 
 def score_heldout(args: argparse.Namespace, run: Run, policy, processor) -> tuple[float, float] | None:
     """Greedy accuracy and format on the held-out questions, if there are any."""
-    cuda_graph = args.cuda_graph == "on"
-    return score_greedily(policy, processor, run.heldout, args.template, args.max_new_tokens, cuda_graph)
+    batch_size = 4 * args.prompts_per_rank  # with one completion each, not a step's group
+    settings = args.template, args.max_new_tokens, batch_size, args.cuda_graph == "on"
+    with memory_errors("the held-out questions"):
+        return score_greedily(policy, processor, run.heldout, *settings)
 
 
 # ---- a step ----
@@ -289,6 +293,15 @@ def steps_to_take(
             with clock("listen"):
                 prompt = listen(learner.policy, prompt)  # once for all that is computed from it
         yield step, args.lr * (1 - (step - 1) / args.steps), batch, prompt, clock  # linear decay to 0
+
+
+def encode_one(
+    args: argparse.Namespace, processor, questions: list[Question], i: int, bad_clips: dict[str, str]
+) -> tuple[Question, Prompt]:
+    """Question i and its prompt; with --skip_bad_audio, those that replace_bad finds if its clip is bad."""
+    replace = partial(replace_bad, questions, bad_clips) if args.skip_bad_audio else None
+    [question], prompt = next(encode_ahead(processor, iter([[questions[i]]]), args.template, replace=replace))
+    return question, prompt
 
 
 def replace_bad(

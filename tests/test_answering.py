@@ -12,6 +12,7 @@ from evaluation import QUESTIONS
 import answering
 import policy
 from data import load_questions
+from errors import InputError
 from reward import format_reward, mmau_match, prediction
 
 # ---- batches ----
@@ -54,11 +55,18 @@ def test_heldout_scores_are_those_of_the_completions(mmau, clean, monkeypatch):
     texts = [record["completion"] for record in json.loads(clean.read_text())]
     right = [mmau_match(q.answer, answering.prediction(t), q.choices) for q, t in zip(questions, texts)]
     expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
-    assert answering.score_greedily(model, processor, questions, "answer", 10) == expected and sum(right) > 0
-    assert answering.score_greedily(model, processor, [], "answer", 10) is None
+    assert answering.score_greedily(model, processor, questions, "answer", 10, 6) == expected and sum(right) > 0
+    assert answering.score_greedily(model, processor, [], "answer", 10, 6) is None
 
 
 # ---- the journal ----
+
+
+def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path):
+    (tmp_path / "j").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=f"^{tmp_path}/j: could not be written .*the same command continues"):
+        answering.append_journal(str(tmp_path / "j"), {3: ["x"]})
+
 
 TORN = {"at its end": b'{"question": 2, "comp', "by a crash": b'\0\0\0\n{"question": 2, "completions": ["z"]}\n'}
 

@@ -1,9 +1,11 @@
 """Checkpoints and resume states: complete or not there, for any number of processes, and never mistaken for another."""
 
 import functools
+import hashlib
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,6 +126,23 @@ def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, tiny, monke
     assert (folder / "model.safetensors").exists() and not (folder / "of_the_earlier_one").exists()
 
 
+def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, tiny, monkeypatch):
+    """Without it, the newest checkpoint would be dropped by --resume, and none would be left."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
+
+    def save(step):
+        save_run(tmp_path, {"step": step}, *tiny, optimizer, generator, checkpoint=True, keep_last=1)
+
+    save(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        save(2)
+    assert names(tmp_path) == ["step_000001", "step_000002"] and names(tmp_path / "resume") == ["step_000001"]
+    save(3)
+    assert names(tmp_path) == names(tmp_path / "resume") == ["step_000003"]
+
+
 def test_a_checkpoint_remembers_its_template(tiny, tmp_path):
     for folder, template in (("told", "think"), ("untold", None)):
         save_checkpoint(tmp_path / folder, *tiny, template)
@@ -192,6 +211,25 @@ def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
     with pytest.raises(InputError, match="another process"):
         open_run(out, config, state, tiny[0])
     assert len(lines(out / "metrics.jsonl")) == 4 and names(out / "resume")[-1] == "step_000004"
+
+
+def test_the_same_questions_may_lie_elsewhere(saved):
+    out, config, state = saved
+    moved = {"data": "/scratch/job_7/q.jsonl", "audio_dir": "/scratch/job_7/wavs"}
+    assert find_state(out, config | moved, resume=True) == state
+    with pytest.raises(InputError, match="lr 1.0"):
+        find_state(out, config | moved | {"lr": 2.0}, resume=True)
+
+
+def test_a_folder_that_nodes_do_not_share_is_told_by_what_is_in_it(tmp_path):
+    """Not by a config.json of an earlier run; a network disk may show a new one late."""
+    path, digest = tmp_path / "config.json", hashlib.sha256(b"new").hexdigest()
+    assert not checkpoint._appears(path, digest, seconds=0.3)
+    path.write_text("old")
+    assert not checkpoint._appears(path, digest, seconds=0.3)
+    late = threading.Timer(0.3, path.write_text, ["new"])
+    late.start()
+    assert checkpoint._appears(path, digest, seconds=60)
 
 
 def test_only_the_same_torchrun_continues_unasked(saved):

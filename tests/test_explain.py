@@ -1,6 +1,7 @@
 """--explain: the tokens' terms against grpo_loss and autograd, its step against plain torch, its text and page."""
 
 import copy
+import dataclasses
 import math
 import os
 import re
@@ -9,7 +10,9 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from torch.testing import assert_close
 
@@ -153,6 +156,19 @@ def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_proce
     text = " ".join(to_text(explain.tell(step, args)).split())
     assert "each of the first 4 questions have equal rewards" in text
     assert "Of 0 with a positive advantage, 0 became likelier; of 0" in text
+
+
+def test_a_bad_clip_makes_way_for_the_next(tiny, questions, one_process, rewarded, tmp_path, capsys):
+    """With --skip_bad_audio; it is named."""
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8_000), 16_000)
+    bad = [dataclasses.replace(q, audio=str(tmp_path / "silent.wav"), place=f"line {q.id}") for q in questions]
+    args, (model, processor) = settings(), tiny
+    args.skip_bad_audio = True
+    first = explain_step.step_indices(4, 0, 1, 0, args.seed)[0]
+    some = [bad[i] if i == first else question for i, question in enumerate(questions)]
+    step = take_step(args, copy.deepcopy(model), processor, some, CPU)
+    assert step.group.question.id != bad[first].id
+    assert f"line {first}: " in (said := capsys.readouterr().out) and "another question takes its place" in said
 
 
 def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_process, rewarded):

@@ -18,7 +18,7 @@ from files import (
     replacing,
     set_aside,
     what_is_saved,
-    writing,
+    writing_run,
 )
 
 # ---- complete or not there ----
@@ -116,7 +116,7 @@ def test_what_fails_to_be_written_is_said_with_what_is_safe(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_230_000_000))
 
     def said():
-        with pytest.raises(InputError) as error, writing(tmp_path / "x.pt", tmp_path):
+        with pytest.raises(InputError) as error, writing_run(tmp_path / "x.pt", tmp_path):
             raise RuntimeError("failed\n  at position 7")
         return str(error.value)
 

@@ -245,6 +245,7 @@ def test_an_adapter_of_an_adapter(home, tiny, inputs, tmp_path):
     save_checkpoint(tmp_path / "second", model, processor)
     loaded, _ = load_policy(str(tmp_path / "second"), torch.float32, CPU)
     assert_close(logprobs(loaded, inputs), logprobs(model, inputs), rtol=1e-4, atol=1e-4)
+    preflight.check_context(str(tmp_path / "second"), [], "answer", 16)
 
 
 def config_with(**changes):

@@ -361,7 +361,7 @@ import signal, subprocess, sys, time
 ended = []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-print(worker.pid, flush=True)
+print("worker", worker.pid, flush=True)
 while not ended:
     time.sleep(0.01)
 print("saving", flush=True)
@@ -392,12 +392,13 @@ def interrupted(log, seconds, *awaited):
 
 def test_interruption_without_terminal_saves(tmp_path, monkeypatch):
     no_terminal(monkeypatch)
-    assert interrupted(tmp_path / "log", 0, "\n")[1:] == ["saving", "saved"]
+    assert interrupted(tmp_path / "log", 0, "worker ")[1:] == ["saving", "saved"]
 
 
 def test_second_interruption_kills_workers_in_their_own_sessions(tmp_path):
-    pid, *rest = interrupted(tmp_path / "log", 60, "\n", "saving")
+    worker, *rest = interrupted(tmp_path / "log", 60, "worker ", "saving")
     assert rest == ["saving"]
+    pid = worker.removeprefix("worker ")
     state = Path(f"/proc/{pid}/stat")
     for _ in range(500):  # the kernel takes a moment; no one may collect it: Z
         if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -447,7 +448,8 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluation_seconds": 39}))
     half = tmp_path / "t" / "seed_0" / "grpo_lora" / "run"
     half.mkdir(parents=True)
-    (half / "metrics.jsonl").write_text('{"seconds": 7}\n{"seconds": 9}\n{"secon')
+    whole = '{"step": 1, "seconds": 7}\n{"step": 2, "seconds": 9}\n'
+    (half / "metrics.jsonl").write_text("\0\0\n" + whole + '{"step": 3}\n{"step": 4, "secon')  # some is damaged
     rows = {row.name: (0, row) for row in reproduce_rows.ROWS}
     own = {"settings": reproduce_rows.settings(args, *rows["grpo_lora"])}
     half.with_name("row.json").write_text(json.dumps(own))
@@ -455,7 +457,7 @@ def test_time_from_measured_steps(stubs, tmp_path, monkeypatch):
     grpo = statistics.mean([4, 4, 4, 7, 9])  # of rows of that script; its own, where it has some
     seconds = 100 * 2 + 100 * grpo + 98 * 8 + 4 * 39
     assert reproduce_estimate.time_text(args, todo) == f"about {seconds / 60:.0f} min"
-    (half / "metrics.jsonl").write_text('{"seconds": 8}\n' * 150)  # never less than nothing
+    (half / "metrics.jsonl").write_text('{"step": 1, "seconds": 8}\n' * 150)  # never less than nothing
     assert reproduce_estimate.time_text(args, todo[3:]) == "about 39 s"
     half.with_name("row.json").write_text('{"settings": {}}')  # of other settings: none of them is done
     assert reproduce_estimate.time_text(args, todo[3:]) == f"about {(100 * 8 + 39) / 60:.0f} min"

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -59,8 +60,44 @@ def test_the_watcher_has_ended_when_the_process_group_is_left(monkeypatch):
     monkeypatch.setattr(runtime, "_patient_group", None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     watcher.start()
-    assert runtime.finish_together("x.py", lambda: asking.wait(timeout=10)) == 0
+    assert runtime.finish_together("x.py", lambda: asking.wait(timeout=10), interrupted=str) == 0
     assert asking.is_set() and not watcher.is_alive() and not dist.is_initialized()
+
+
+def test_ctrl_c_says_what_is_left(one_process, monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "_store", dist.HashStore(), raising=False)
+    monkeypatch.setattr(runtime.os, "_exit", lambda status: sys.exit(status))
+    with pytest.raises(SystemExit) as ended:
+        runtime.finish_together("x.py", interrupted, interrupted=lambda: "nothing was written")
+    assert ended.value.code == 130 and capsys.readouterr().err == "x.py: interrupted; nothing was written\n"
+
+
+@pytest.mark.parametrize("other", ["cpu", "cuda"])
+def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(monkeypatch, capsys, other):
+    store = dist.HashStore()
+    monkeypatch.setattr(runtime, "_store", store, raising=False)
+    store.set("device/1", other)
+    if other == "cpu":
+        return runtime._require_same_device(0, 2, torch.device("cpu"))
+    for spoken in (1, 0):
+        with pytest.raises(SystemExit):
+            runtime._require_same_device(0, 2, torch.device("cpu"))
+        said = capsys.readouterr().err
+        assert said.count("\n") == spoken and ("no GPU of its own for rank 0, " in said) == bool(spoken)
+
+
+def test_processes_that_share_a_gpu_are_refused(one_process, monkeypatch):
+    """For all but the toy, which is as well on the CPU."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for gpus in (0, 8):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        runtime.require_gpu_each()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 7)
+    with pytest.raises(InputError, match="^8 processes share 7 GPU.*--nproc_per_node.*CUDA_VISIBLE_DEVICES="):
+        runtime.require_gpu_each()
 
 
 def test_sigterm_sets_an_event_and_ends_nothing():
@@ -93,6 +130,8 @@ def test_launchers_tell_torchruns_apart(one_process, monkeypatch):
     (MemoryError(), "memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\n to allocate 99 bytes"), "memory"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU memory"),
+    (dist.DistBackendError("NCCL error: unhandled cuda error\n Cuda failure 2 'out of memory'"), "GPU memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU memory"),
 ])  # fmt: skip
 def test_memory_that_runs_out_names_the_phase_and_what_helps(phase, error, where):
     with pytest.raises(InputError) as raised, memory_errors(phase):

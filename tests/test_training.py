@@ -70,11 +70,28 @@ def test_a_resumed_run_takes_the_steps_that_are_left(begun):
     assert list(steps_to_take(args, run, learner, CPU)) == []
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_bad_clip_met_in_a_step(begun, questions, tmp_path, skip):
-    """Ends the run with the step, the clip and what helps; with --skip_bad_audio, another question takes its place."""
+@pytest.fixture
+def bad(tmp_path):
+    """A question whose clip only turns out bad when it is decoded."""
     soundfile.write(tmp_path / "silent.wav", np.zeros(8_000), 16_000)
-    bad = Question("bad", str(tmp_path / "silent.wav"), "What?", ["x", "y"], "x", place="d, line 9")
+    return Question("bad", str(tmp_path / "silent.wav"), "What?", ["x", "y"], "x", place="d, line 9")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_first_clip_may_be_bad(begun, questions, bad, skip):
+    """It is decoded before the first step, on which every rank begins alike."""
+    if not skip:
+        with pytest.raises(InputError, match=r"d, line 9: .*silent\.wav"):
+            begun(asked=[bad, *questions])
+        return
+    args, run, learner = begun("--skip_bad_audio", asked=[bad, *questions])
+    asked = [question.id for _, _, batch, *_ in steps_to_take(args, run, learner, CPU) for question in batch]
+    assert len(asked) == 15 and "bad" not in asked and list(learner.bad_clips) == ["d, line 9"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_bad_clip_met_in_a_step(begun, questions, bad, skip):
+    """Ends the run with the step, the clip and what helps; with --skip_bad_audio, another question takes its place."""
     args, run, learner = begun(*["--skip_bad_audio"] * skip, asked=[*questions, bad])
     if not skip:
         with pytest.raises(InputError, match=r"^step [12]: d, line 9: .*silent\.wav: .*--resume --skip_bad_audio; "):
