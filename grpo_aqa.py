@@ -12,7 +12,8 @@ Group Relative Policy Optimization (arXiv 2402.03300) as arXiv 2503.11197 applie
     AdamW                                  optimizer.py
 
     python grpo_aqa.py                                  the toy: trains a tiny model on synthesized sounds, on a CPU
-    torchrun --nproc_per_node 8 grpo_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data train_qa.jsonl
+    torchrun --nproc_per_node 8 grpo_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
+        --audio_dir data/AVQA/wavs
 
 Shapes: B prompts per rank, G completions each, N = B * G, T completion tokens.
 """

@@ -2,8 +2,8 @@
 
     python reproduce.py                 the toy, one seed, on two CPU cores
     python reproduce.py --seeds 3       three seeds, each with a base model of its own, in one world of sounds
-    python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data train_qa.json --audio_dir wavs \\
-        --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8
+    python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
+        --audio_dir data/AVQA/wavs --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8
 
 Each row of the table is trained and evaluated by the scripts, in processes of their own. The same command continues
 where it was interrupted: finished rows are found by their row.json, a training by its resume state, an evaluation by

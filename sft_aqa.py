@@ -10,7 +10,8 @@ The same questions, prompts, processes, optimizer, checkpoints and metrics as gr
     AdamW                                  optimizer.py
 
     python sft_aqa.py                                  the toy, on a CPU
-    torchrun --nproc_per_node 8 sft_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data train_qa.jsonl
+    torchrun --nproc_per_node 8 sft_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
+        --audio_dir data/AVQA/wavs
 
 Shapes: B questions per rank, T target tokens.
 """
