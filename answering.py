@@ -17,7 +17,7 @@ from tqdm import tqdm
 from audio import audio_seconds
 from data import Question, build_prompt
 from decoding import GroupDecoder
-from files import set_aside, writing
+from files import set_aside, writing_answers
 from policy import decode_text, encode_ahead, sample_group, stop_token_ids, to_device
 from preflight import TOKENS_PER_SECOND
 from reward import format_reward, guessing, prediction
@@ -130,8 +130,6 @@ def heldout_table(questions: list[Question], scores: dict[str, tuple[float, floa
 
 # ---- the journal ----
 
-CONTINUE = "see to the disk; the same command continues from what is answered"
-
 
 def read_journal(path: str, settings: dict, num_questions: int, samples: int) -> dict[int, list[str]]:
     """The answers in a journal, by the index of their question. Afterwards the file is ready to be added to.
@@ -165,7 +163,7 @@ def read_journal(path: str, settings: dict, num_questions: int, samples: int) ->
 
 def append_journal(path: str, answers: dict[int, list[str]]) -> None:
     """Add answers to a journal that read_journal has prepared. Raises InputError."""
-    with writing(Path(path), lambda: CONTINUE), open(path, "a", encoding="utf-8") as file:
+    with writing_answers(Path(path)), open(path, "a", encoding="utf-8") as file:
         for i, completions in answers.items():
             file.write(_line(i, completions) + "\n")
 

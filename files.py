@@ -149,6 +149,11 @@ def writing(path: Path, remedy: Callable[[], str]) -> Iterator[None]:
         raise InputError(message) from None
 
 
+def writing_answers(path: Path):
+    """`writing` of a file of an evaluation."""
+    return writing(path, lambda: "see to the disk; the same command continues from what is answered")
+
+
 def writing_run(path: Path, out: Path):
     """`writing` of a file of the run folder `out`."""
     return writing(path, lambda: f"{what_is_saved(out)}; see to the disk, then continue with --resume")

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from errors import InputError
-from files import check_folder, set_aside, write_text, writing
+from files import check_folder, set_aside, write_text, writing_answers
 from lora import adapter_base, is_adapter
 from reward import prediction
 from scores import majority_vote
@@ -97,7 +97,7 @@ def write_predictions(out: str, records: list[dict], settings: dict) -> None:
             os.replace(settings_path(out), settings_path(str(aside)))
         print(f"{out} was of other settings, or changed since: it is now {aside}")
     text = json.dumps(records, indent=2) + "\n"  # in ASCII: MMAU's script opens it in whatever encoding is the default
-    with writing(Path(out), lambda: "see to the disk; the same command continues from what is answered"):
+    with writing_answers(Path(out)):
         write_text(Path(out), text)
         write_text(Path(settings_path(out)), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
     Path(journal_path(out)).unlink(missing_ok=True)
