@@ -100,20 +100,8 @@ def similar_lengths(processor, questions: list[Question], template: str, batch_s
 # ---- held-out questions ----
 
 
-def score_greedily(
-    model,
-    processor,
-    questions: list[Question],
-    template: str,
-    max_new_tokens: int,
-    batch_size: int,
-    cuda_graph: bool = True,
-) -> tuple[float, float] | None:
-    """Greedy accuracy by MMAU's rule and share of well-formed completions, the questions shared over the ranks."""
-    if not questions:
-        return None
-    settings = template, max_new_tokens, batch_size
-    answers = answer_questions(model, processor, questions, *settings, cuda_graph=cuda_graph)
+def score_answers(questions: list[Question], answers: list[list[str]], template: str) -> tuple[float, float]:
+    """Accuracy by MMAU's rule and share of well-formed completions, of one completion of each question."""
     pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
     correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
     format_ = sum(format_reward(completion, template) for _, completion in pairs)
@@ -121,7 +109,7 @@ def score_greedily(
 
 
 def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:
-    """Accuracy and format of named scores of score_greedily, with what guessing would score, as aligned lines."""
+    """Accuracy and format of named scores of score_answers, with what guessing would score, as aligned lines."""
     chance = guessing([question.choices for question in questions])
     lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
     lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]

@@ -1,10 +1,10 @@
 """The run folder: settings, Hugging Face checkpoints, and the state to resume from."""
 
-import hashlib
 import json
 import pickle
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from files import (
     UNFINISHED,
     begin_folder,
     finish_folder,
+    first_free,
     free_bytes,
     remove,
     step_folders,
@@ -109,29 +110,23 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
             _continue_run(out, config, state)
         else:
             _start_run(out, config)
-        return _digest(out / "config.json")
+        return (out / "config.json").read_bytes()
 
     written = on_rank_0(change_folder)
     if not all(gather(_appears(out / "config.json", written))):
         raise SharedInputError(f"{out}: not a folder that all nodes share, as --out has to be")
 
 
-def _appears(path: Path, digest: str, seconds: float = 60) -> bool:
+def _appears(path: Path, content: bytes, seconds: float = 60) -> bool:
     """Whether a file of that content is here, or comes within the seconds that a network disk may take. A file of
     that name alone may be of an earlier run on this node's own disk."""
     deadline = time.monotonic() + seconds
-    while _digest(path) != digest:
-        if time.monotonic() > deadline:
-            return False
+    while time.monotonic() <= deadline:
+        with suppress(OSError):  # not there yet, or just being replaced
+            if path.read_bytes() == content:
+                return True
         time.sleep(0.2)
-    return True
-
-
-def _digest(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:  # not there yet, or just being replaced
-        return ""
+    return False
 
 
 def _start_run(out: Path, config: dict) -> None:
@@ -139,10 +134,7 @@ def _start_run(out: Path, config: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     left = [out / name for name in RUN_FILES if (out / name).exists()] + step_folders(out)
     if left and left != [out / "config.json"]:
-        number = 1
-        while (out / f"earlier_{number}").exists():
-            number += 1
-        earlier = out / f"earlier_{number}"
+        earlier = first_free(lambda n: out / f"earlier_{n}")
         earlier.mkdir()
         for path in left:  # config.json first: a state without one is not resumed from
             path.rename(earlier / path.name)

@@ -34,7 +34,7 @@ from policy import (
     to_device,
 )
 from runtime import data_parallel
-from training import encode_one, recomputes_layers
+from training import encode_batches, recomputes_layers
 
 LOOK_THROUGH = 16  # questions, for one whose completions have different rewards
 
@@ -103,7 +103,7 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     stop_ids, first, bad_clips = stop_token_ids(policy, processor), None, dict[str, str]()
     count = min(LOOK_THROUGH, len(questions))
     for number, i in enumerate(step_indices(len(questions), 0, count, 0, args.seed), start=1):
-        question, prompt = encode_one(args, processor, questions, i, bad_clips)
+        [question], prompt = next(encode_batches(args, processor, questions, iter([[questions[i]]]), bad_clips))
         if question is not questions[i]:
             print(f"{questions[i].place}: {bad_clips[questions[i].place]}; another question takes its place")
         prompt = to_device(prompt, device)

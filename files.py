@@ -4,6 +4,7 @@ They are written under a name that ends in ".unfinished" and renamed when comple
 such a name is ignored, and removed when the run continues.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -88,13 +89,14 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths that are not UTF-8
 
 
+def first_free(name: Callable[[int], Path]) -> Path:
+    """The first of name(1), name(2), ... where nothing is yet."""
+    return next(path for path in map(name, itertools.count(1)) if not path.exists())
+
+
 def set_aside(path: Path) -> Path:
     """Rename a file to NAME.old, or where that is taken to NAME.old_2, NAME.old_3, ... Returns where it is now."""
-    aside, number = path.with_name(f"{path.name}.old"), 1
-    while aside.exists():
-        number += 1
-        aside = path.with_name(f"{path.name}.old_{number}")
-    return path.rename(aside)
+    return path.rename(first_free(lambda n: path.with_name(f"{path.name}.old" + (f"_{n}" if n > 1 else ""))))
 
 
 def kind_of_file(path: str) -> str:

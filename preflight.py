@@ -208,9 +208,9 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
 
     Where the text's bytes already fit, its tokens, which are fewer, are not counted.
     """
+    base = base_of(name_or_path)
     with loading_errors(name_or_path):
-        config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
-        context = config.get_text_config().max_position_embeddings
+        context = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().max_position_embeddings
     if max_new_tokens >= context:
         raise InputError(
             f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"

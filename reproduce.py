@@ -26,7 +26,7 @@ import torch
 import toy
 from data import digest, load_questions
 from errors import InputError
-from files import UNFINISHED, remove, step_folders, write_text
+from files import UNFINISHED, first_free, remove, step_folders, write_text
 from flags import Parser
 from preflight import CACHE, check_model, load_checked
 from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
@@ -120,9 +120,7 @@ def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
     """Train and evaluate a row, or go on where it stopped. Raises RowFailed."""
     folder, own = row_folder(args, seed, row), settings(args, seed, row)
     if folder.exists() and not is_own(args, seed, row):
-        number = 1
-        while (earlier := folder.with_name(f"{row.name}.earlier_{number}")).exists():
-            number += 1
+        earlier = first_free(lambda n: folder.with_name(f"{row.name}.earlier_{n}"))
         folder.rename(earlier)
         print(f"{folder} is of other settings; it is now {earlier}", flush=True)
     write_text(folder / "row.json", json.dumps({"settings": own}, indent=2) + "\n")

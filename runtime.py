@@ -45,15 +45,14 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    gpus = torch.cuda.device_count()
-    if gpus >= local_size:
+    if torch.cuda.device_count() >= local_size:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # in float32, convolutions in float32 as well
     else:
         device, backend = torch.device("cpu"), "gloo"
-        if gpus and local_rank == 0:
-            print(f"{local_size} processes share {gpus} GPU(s): running on the CPU", flush=True)
+        if local_rank == 0 and (short := _too_few_gpus()):
+            print(f"{short}: running on the CPU", flush=True)
     global _launcher, _patient_group, _store, _watcher
     _store = _meet(rank, world_size) if "RANK" in os.environ else dist.HashStore()  # without torchrun: nobody to meet
     _require_same_device(rank, world_size, device)
@@ -105,18 +104,20 @@ def _require_same_device(rank: int, world_size: int, device: torch.device) -> No
     _store.set(f"device/{rank}", device.type)
     kinds = [_store.get(f"device/{other}").decode() for other in range(world_size)]
     if len(set(kinds)) > 1:
-        if _store.add(FAILED, 1) == 1:
-            without = ", ".join(str(other) for other, kind in enumerate(kinds) if kind == "cpu")
-            message = f"no GPU of its own for rank {without}, and one for each other; look at nvidia-smi on all nodes"
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        without = ", ".join(str(other) for other, kind in enumerate(kinds) if kind == "cpu")
+        message = f"no GPU of its own for rank {without}, and one for each other; look at nvidia-smi on all nodes"
+        _end_all(f"{Path(sys.argv[0]).name}: error: {message}")
+
+
+def _too_few_gpus() -> str | None:
+    """What is said where this machine has GPUs, but fewer than processes."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return f"{processes} processes share {gpus} GPU(s)" if 0 < gpus < processes else None
 
 
 def require_gpu_each() -> None:
     """Raise SharedInputError where a machine has GPUs, but fewer than processes, which therefore are on the CPU."""
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    short = f"{processes} processes share {gpus} GPU(s)" if 0 < gpus < processes else None
-    found = [said for said in gather(short) if said]
+    found = [said for said in gather(_too_few_gpus()) if said]
     if found:
         raise SharedInputError(
             f"{found[0]}; start one for each, with --nproc_per_node, or set CUDA_VISIBLE_DEVICES= to stay on the CPU"
@@ -231,7 +232,8 @@ def _say(message: str) -> None:
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()  # leaves it as it is, and ends its line
     sys.stdout.flush()
-    print("\n" * (dist.get_rank() != 0) + message, file=sys.stderr, flush=True)  # off the line of rank 0's bar
+    rank = int(os.environ.get("RANK", 0))  # also before the process group is there
+    print("\n" * (rank != 0) + message, file=sys.stderr, flush=True)  # off the line of rank 0's bar
 
 
 def _end_with_the_others() -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import toy
-from answering import heldout_table, score_greedily
+from answering import answer_questions, heldout_table, score_answers
 from checkpoint import find_state, load_state, note_bad_clips, open_run, save_run
 from data import TEMPLATES, Question, digest, step_indices
 from errors import SHOWN, InputError
@@ -235,7 +235,7 @@ def recomputes_layers(args: argparse.Namespace, device: torch.device) -> bool:
 
 def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.device) -> Learner:
     """Begin a run with the loaded policy, or continue the one in args.out."""
-    _, any_prompt = encode_one(args, processor, run.questions, 0, bad_clips={})
+    _, any_prompt = next(encode_batches(args, processor, run.questions, iter([run.questions[:1]]), bad_clips={}))
     ddp_policy = data_parallel(policy, to_device(any_prompt, device), recomputes_layers(args, device))
     optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
     seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own
@@ -250,11 +250,14 @@ def start(args: argparse.Namespace, run: Run, policy, processor, device: torch.d
 
 
 def score_heldout(args: argparse.Namespace, run: Run, policy, processor) -> tuple[float, float] | None:
-    """Greedy accuracy and format on the held-out questions, if there are any."""
+    """Greedy accuracy and format on the held-out questions, if there are any, shared over the ranks."""
+    if not run.heldout:
+        return None
     batch_size = 4 * args.prompts_per_rank  # with one completion each, not a step's group
-    settings = args.template, args.max_new_tokens, batch_size, args.cuda_graph == "on"
+    settings = args.template, args.max_new_tokens, batch_size
     with memory_errors("the held-out questions"):
-        return score_greedily(policy, processor, run.heldout, *settings)
+        answers = answer_questions(policy, processor, run.heldout, *settings, cuda_graph=args.cuda_graph == "on")
+    return score_answers(run.heldout, answers, args.template)
 
 
 # ---- a step ----
@@ -276,8 +279,7 @@ def steps_to_take(
         indices = step_indices(len(run.questions), position, args.prompts_per_rank, rank, args.seed)
         return [run.questions[i] for i in indices]
 
-    replace = partial(replace_bad, run.questions, learner.bad_clips) if args.skip_bad_audio else None
-    batches = encode_ahead(learner.processor, map(share, positions), args.template, replace=replace)
+    batches = encode_batches(args, learner.processor, run.questions, map(share, positions), learner.bad_clips)
     for step, position in zip(steps, positions):
         clock = Clock(device)
         with clock("data"):
@@ -288,20 +290,24 @@ def steps_to_take(
                 raise InputError(f"step {step}: {error}, {remedy}; {what_is_saved(Path(args.out))}") from None
             prompt = to_device(prompt, device)
         learner.batch = batch
-        learner.replaced = [old.place for old, new in zip(share(position), batch) if old is not new] if replace else []
+        if args.skip_bad_audio:
+            learner.replaced = [old.place for old, new in zip(share(position), batch) if old is not new]
         if args.freeze_audio_tower:
             with clock("listen"):
                 prompt = listen(learner.policy, prompt)  # once for all that is computed from it
         yield step, args.lr * (1 - (step - 1) / args.steps), batch, prompt, clock  # linear decay to 0
 
 
-def encode_one(
-    args: argparse.Namespace, processor, questions: list[Question], i: int, bad_clips: dict[str, str]
-) -> tuple[Question, Prompt]:
-    """Question i and its prompt; with --skip_bad_audio, those that replace_bad finds if its clip is bad."""
+def encode_batches(
+    args: argparse.Namespace,
+    processor,
+    questions: list[Question],
+    batches: Iterator[list[Question]],
+    bad_clips: dict[str, str],
+) -> Iterator[tuple[list[Question], Prompt]]:
+    """encode_ahead of batches of the questions; with --skip_bad_audio, replace_bad takes bad clips out of them."""
     replace = partial(replace_bad, questions, bad_clips) if args.skip_bad_audio else None
-    [question], prompt = next(encode_ahead(processor, iter([[questions[i]]]), args.template, replace=replace))
-    return question, prompt
+    return encode_ahead(processor, batches, args.template, replace=replace)
 
 
 def replace_bad(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # the same sums every time
 multiprocessing.set_forkserver_preload(["transformers.models.qwen2_audio.modeling_qwen2_audio", "peft"])
 
 
@@ -55,9 +56,8 @@ class Forker:
     """Use it in a `with`."""
 
     def __enter__(self):
-        environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(ROOT)], env=os.environ | environment, text=True,
+            [sys.executable, "-c", SERVER, str(ROOT)], env=os.environ | ENVIRONMENT, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         return self

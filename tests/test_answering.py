@@ -1,10 +1,8 @@
 """Batches of questions through the model: each gets the answer that it would get alone, and keeps it."""
 
-import json
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from evaluation import QUESTIONS
@@ -13,7 +11,6 @@ import answering
 import policy
 from data import load_questions
 from errors import InputError
-from reward import format_reward, mmau_match, prediction
 
 # ---- batches ----
 
@@ -45,18 +42,6 @@ def test_similar_lengths_are_together(mmau):
     in_file_order = sum(4 * max(tokens[i : i + 4]) for i in range(0, QUESTIONS, 4))
     assert padded - sum(tokens) < (in_file_order - sum(tokens)) / 3
     assert max(tokens) in [tokens[i] for i in groups[0]] and min(tokens) in [tokens[i] for i in groups[-1]]
-
-
-def test_heldout_scores_are_those_of_the_completions(mmau, clean, monkeypatch):
-    """answering.score_greedily, which training uses, on the same questions."""
-    monkeypatch.setattr(answering, "prediction", lambda text: prediction(text) if "a" in text else "rain")
-    model, processor = policy.load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
-    questions = load_questions(str(mmau / "mmau.json"))
-    texts = [record["completion"] for record in json.loads(clean.read_text())]
-    right = [mmau_match(q.answer, answering.prediction(t), q.choices) for q, t in zip(questions, texts)]
-    expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
-    assert answering.score_greedily(model, processor, questions, "answer", 10, 6) == expected and sum(right) > 0
-    assert answering.score_greedily(model, processor, [], "answer", 10, 6) is None
 
 
 # ---- the journal ----

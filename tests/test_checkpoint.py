@@ -1,7 +1,6 @@
 """Checkpoints and resume states: complete or not there, for any number of processes, and never mistaken for another."""
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_processes
-from training_runs import lines, names
+from training_runs import killed_in, lines, names
 
 import checkpoint
 from checkpoint import (
@@ -111,22 +110,20 @@ def test_too_little_disk_space_is_said_before_anything_is_written(one_process, t
     assert names(tmp_path) == names(tmp_path / "resume") == ["step_000001"]
 
 
-def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, tiny, monkeypatch):
+def test_a_checkpoint_is_replaced_as_a_whole_or_not_at_all(tmp_path, tiny):
     model, processor = tiny
     folder = tmp_path / "step_000002"
     folder.mkdir()
     (folder / "of_the_earlier_one").write_text("")
-    with monkeypatch.context() as patch:
-        patch.setattr(processor, "save_pretrained", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(folder, model, processor)
+    with killed_in(processor, "save_pretrained"):
+        save_checkpoint(folder, model, processor)
     assert [path.name for path in folder.iterdir()] == ["of_the_earlier_one"]
     save_checkpoint(folder, model, processor)  # on top of the remains
     assert names(tmp_path) == ["step_000002"] and list(tmp_path.glob("*.unfinished")) == []
     assert (folder / "model.safetensors").exists() and not (folder / "of_the_earlier_one").exists()
 
 
-def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, tiny, monkeypatch):
+def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, tiny):
     """Without it, the newest checkpoint would be dropped by --resume, and none would be left."""
     (tmp_path / "metrics.jsonl").write_text("")
     optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
@@ -135,8 +132,7 @@ def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, 
         save_run(tmp_path, {"step": step}, *tiny, optimizer, generator, checkpoint=True, keep_last=1)
 
     save(1)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with killed_in(checkpoint, "save_state"):
         save(2)
     assert names(tmp_path) == ["step_000001", "step_000002"] and names(tmp_path / "resume") == ["step_000001"]
     save(3)
@@ -223,13 +219,13 @@ def test_the_same_questions_may_lie_elsewhere(saved):
 
 def test_a_folder_that_nodes_do_not_share_is_told_by_what_is_in_it(tmp_path):
     """Not by a config.json of an earlier run; a network disk may show a new one late."""
-    path, digest = tmp_path / "config.json", hashlib.sha256(b"new").hexdigest()
-    assert not checkpoint._appears(path, digest, seconds=0.3)
+    path = tmp_path / "config.json"
+    assert not checkpoint._appears(path, b"new", seconds=0.3)
     path.write_text("old")
-    assert not checkpoint._appears(path, digest, seconds=0.3)
+    assert not checkpoint._appears(path, b"new", seconds=0.3)
     late = threading.Timer(0.3, path.write_text, ["new"])
     late.start()
-    assert checkpoint._appears(path, digest, seconds=60)
+    assert checkpoint._appears(path, b"new", seconds=60)
 
 
 def test_only_the_same_torchrun_continues_unasked(saved):

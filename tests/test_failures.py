@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from forked import ENVIRONMENT, ROOT
 
 import toy
 from data import load_questions
 from files import step_folders
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
          "accumulation_steps": 1, "max_new_tokens": 4, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
 
@@ -88,10 +88,9 @@ def torchrun(home, out, fault):
     """The driver on two processes to its end, which has to come within two minutes."""
     driver = home / f"{Path(out).name}_driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), fault=fault))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
     started += command(out, (), {})
-    return subprocess.run(started, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(started, cwd=home, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
 def errors(done):

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from forked import run_processes
-from training_runs import ENVIRONMENT, free_port
+from forked import ENVIRONMENT, run_processes
+from training_runs import free_port
 
 import runtime
 from errors import InputError
@@ -79,6 +79,7 @@ def test_ctrl_c_says_what_is_left(one_process, monkeypatch, capsys):
 def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(monkeypatch, capsys, other):
     store = dist.HashStore()
     monkeypatch.setattr(runtime, "_store", store, raising=False)
+    monkeypatch.setattr(runtime.os, "_exit", lambda status: sys.exit(status))
     store.set("device/1", other)
     if other == "cpu":
         return runtime._require_same_device(0, 2, torch.device("cpu"))

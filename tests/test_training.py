@@ -11,14 +11,16 @@ import pytest
 import soundfile
 import torch
 
+import answering
 import grpo_aqa
 import training
-from data import Question
+from data import Question, load_questions
 from errors import InputError
 from files import step_folders
-from policy import BadClip, encode_prompts
+from policy import BadClip, encode_prompts, load_policy
+from reward import format_reward, mmau_match, prediction
 from runtime import Clock
-from training import Run, record_step, replace_bad, save_if_due, start, steps_to_take, update
+from training import Run, record_step, replace_bad, save_if_due, score_heldout, start, steps_to_take, update
 
 CPU = torch.device("cpu")
 
@@ -117,6 +119,21 @@ def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
         replace_bad(q, known, [q[i]], BadClip(q[i], "is silent"))
     with pytest.raises(InputError, match="no question has a usable clip"):
         replace_bad(q, known, [q[2]], BadClip(q[2], "is silent"))
+
+
+# ---- held-out questions ----
+
+
+def test_heldout_scores_are_those_of_the_completions(mmau, clean, monkeypatch):
+    monkeypatch.setattr(answering, "prediction", lambda text: prediction(text) if "a" in text else "rain")
+    model, processor = load_policy(str(mmau / "model"), torch.float32, CPU)
+    questions = load_questions(str(mmau / "mmau.json"))
+    texts = [record["completion"] for record in json.loads(clean.read_text())]
+    right = [mmau_match(q.answer, answering.prediction(t), q.choices) for q, t in zip(questions, texts)]
+    expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
+    args = settings("out", "--max_new_tokens=10")
+    assert score_heldout(args, Run({}, [], questions, None), model, processor) == expected and sum(right) > 0
+    assert score_heldout(args, Run({}, [], [], None), model, processor) is None
 
 
 # ---- a step's end ----

@@ -7,24 +7,23 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 import torch
-from forked import run_processes
+from forked import ENVIRONMENT, ROOT, run_processes
 from safetensors.torch import load_file
 
 import toy
 from data import load_questions
 from files import step_folders
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS, BATCH, STEPS = 5, 4, 8  # the batch does not divide the questions, so epochs begin within steps
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": STEPS, "save_every": 2, "prompts_per_rank": 2,
          "accumulation_steps": 2, "max_new_tokens": 8, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # the same sums every time
 
 # ---- commands that may be killed ----
 
@@ -128,6 +127,18 @@ def finish(*args, **kwargs):
     """Start a training script and wait for its good end. Returns what it printed."""
     with Start(*args, **kwargs) as start:
         return start.finish()
+
+
+@contextmanager
+def killed_in(module, name):
+    """Inside `with`, the process is killed when it calls that function, as far as an exception can stand in for it."""
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, killed)
+        yield
 
 
 # ---- what a run folder holds ----
