@@ -1,15 +1,15 @@
-"""Measure what training Qwen2-Audio takes, with random weights and nothing downloaded.
+"""Measure the memory and time of training Qwen2-Audio, with random weights. Nothing is downloaded.
 
-    python bench.py memory             GPU memory of each part of a step: counted anywhere, measured where a GPU is
-    python bench.py memory --table     which cards that fits, as a Markdown table
+    python bench.py memory             GPU memory of each part of a step: counted, and measured if there is a GPU
+    python bench.py memory --table     which cards a run fits, as a Markdown table
     python bench.py step               seconds of a step, and of the same step computed the plain way
-    python bench.py sample             sampling: tokens per second against the memory's bandwidth
-    python bench.py train              the passes that learn: model FLOP utilization
+    python bench.py sample             sampling: tokens per second, compared with the memory's bandwidth
+    python bench.py train              reference and training pass: model FLOP utilization
     python bench.py eval               seconds of an evaluation, and of the plain loop over the same questions
-    python bench.py scale              seconds of a step against group size, clip length, completion length, prompts
+    python bench.py scale              seconds of a step for other group sizes, clip and completion lengths, prompts
 
-`bench.py --memory` is `bench.py memory`. Times are of Qwen2-Audio-7B in bfloat16 where there is a GPU, and of a model
-a 175th of its size in float32 on a CPU.
+`memory` is about Qwen2-Audio-7B in bfloat16. With a GPU, so are the times. Without one, the times are of a model that
+is 175 times smaller, in float32.
 """
 
 import argparse
@@ -17,22 +17,19 @@ import sys
 
 import torch
 
-from bench_eval import bench_eval
-from bench_memory import memory
-from bench_scale import bench_scale
-from bench_speed import bench_sample, bench_step, bench_train
-from errors import InputError
-from flags import Parser
+from benchmarks.evaluation import bench_eval
+from benchmarks.memory import bench_memory
+from benchmarks.scale import bench_scale
+from benchmarks.speed import bench_sample, bench_step, bench_train
+from infra.errors import InputError
+from infra.flags import AUTO_ON_OFF, ON_OFF, Parser
 
-BENCHES = {"memory": memory, "step": bench_step, "sample": bench_sample, "train": bench_train}
+BENCHES = {"memory": bench_memory, "step": bench_step, "sample": bench_sample, "train": bench_train}
 BENCHES |= {"eval": bench_eval, "scale": bench_scale}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    if "--memory" in argv:
-        argv = ["memory", *(word for word in argv if word != "--memory")]
-    parser = Parser(description="Measure what training Qwen2-Audio takes. Nothing is downloaded.")
+    parser = Parser(description="Measure the memory and time of training Qwen2-Audio. Nothing is downloaded.")
     benches = parser.add_subparsers(dest="what", required=True)
 
     def add_bench(name, help):
@@ -40,36 +37,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         if name != "eval":
-            bench.add_argument("--group_size", type=int, default=8, help="completions of each prompt")
+            bench.add_argument("--group_size", type=int, default=8, help="completions per prompt")
             bench.add_argument("--prompts_per_rank", type=int, default=2, help="prompts per GPU and step")
         return bench.add_argument
 
     every_clip, every_completion = "length of every clip, up to 30 s", "length of every completion, in tokens"
-    several = dict(default=[10.0], nargs="+", help=every_clip + "; several are measured one after the other")
-    taking_turns = several | dict(help="lengths of the clips, up to 30 s, which take turns")
+    several = dict(default=[10.0], nargs="+", help=every_clip + "; several lengths are measured one after the other")
+    in_turn = several | dict(help="clip lengths, up to 30 s; the questions have them in turn")
 
     def add_speed_bench(name, help, max_new_tokens, tokens_help=every_completion, clips=several):
         add = add_bench(name, help)
         add("--clip_seconds", type=float, **clips)
         add("--max_new_tokens", type=int, default=max_new_tokens, help=tokens_help)
-        add("--rounds", type=int, default=5, help="rounds of which medians are taken; one before them warms up")
-        add("--out", help=f"results; default: bench_results/{name}_<machine>.json")
+        add("--rounds", type=int, default=5, help="rounds to take medians of; one more comes first, to warm up")
+        add("--out", help=f"results file; default: bench_results/{name}_<machine>.json")
         return add
 
-    graph = dict(choices=("on", "off"), default="on", help="decode by CUDA graphs, on a GPU")
-    checkpointing = dict(choices=("auto", "on", "off"), default="auto", help="recompute layers; auto: on a GPU")
+    graph = ON_OFF | dict(default="on", help="on a GPU, decode with CUDA graphs")
+    checkpointing = AUTO_ON_OFF | dict(default="auto", help="recompute layers in the backward pass; auto: on a GPU")
 
-    add = add_bench("memory", "GPU memory of a step of Qwen2-Audio-7B: counted, and measured on a GPU")
-    add("--table", action="store_true", help="only count, for 1, 4 and 8 GPUs: which cards it fits")
-    add("--gpus", type=int, default=8, help="processes, each with a GPU of its own")
+    add = add_bench("memory", "GPU memory of a step of Qwen2-Audio-7B: counted, and measured if there is a GPU")
+    add("--table", action="store_true", help="only count, for 1, 4 and 8 GPUs, and print which cards a run fits")
+    add("--gpus", type=int, default=8, help="ranks, one GPU each")
     add("--clip_seconds", type=float, default=30.0, help=every_clip)
     add("--max_new_tokens", type=int, default=256, help=every_completion)
-    add("--accumulation_steps", type=int, default=2, help="forward and backward passes that these are split into")
-    add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0 holds no reference model")
-    add("--lora_rank", type=int, default=0, help="train a LoRA adapter of this rank; 0: full fine-tuning")
-    add("--gradient_checkpointing", choices=("on", "off"), default="on", help="recompute layers to save memory")
+    add("--accumulation_steps", type=int, default=2, help="forward and backward passes per step")
+    add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0: no reference model")
+    add("--lora_rank", type=int, default=0, help="train a LoRA adapter of this rank; 0: train all weights")
+    add("--gradient_checkpointing", default="on", help="recompute layers in the backward pass", **ON_OFF)
     add("--cuda_graph", **graph)
-    add("--out", help="results; default: bench_results/memory_<gpu>.json, memory_counted.json without a GPU")
+    add("--out", help="results file; default: bench_results/memory_<gpu>.json, or memory_counted.json without a GPU")
 
     add = add_speed_bench("step", "seconds and memory of a step, and of the same step computed the plain way", 16)
     add("--gradient_checkpointing", **checkpointing)
@@ -77,29 +74,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = add_speed_bench(
         "sample",
-        "sampling: tokens per second, and milliseconds of a decode step against the memory's bandwidth",
+        "sampling: tokens per second, and milliseconds of a decode step compared with the memory's bandwidth",
         80,
-        "length of every completion, in tokens; a decode step is timed by sampling a fifth of it, too",
+        every_completion + "; sampling a fifth of them is timed, too: the difference is the time of the decode steps",
     )
     add("--cuda_graph", **graph)
 
-    add = add_speed_bench("train", "training pass and reference pass: model FLOP utilization", 256)
+    add = add_speed_bench("train", "reference pass and training pass: model FLOP utilization", 256)
     add("--gradient_checkpointing", **checkpointing)
 
-    add = add_speed_bench(
-        "eval",
-        "seconds of an evaluation, and of the plain loop over the same questions",
-        16,
-        clips=taking_turns,
-    )
+    about = "seconds of an evaluation, and of the plain loop over the same questions"
+    add = add_speed_bench("eval", about, 16, clips=in_turn)
     add("--questions", type=int, default=64, help="questions to answer")
-    add("--batch_size", type=int, default=16, help="questions decoded at once; the plain loop's batches are of 32")
+    add("--batch_size", type=int, default=16, help="questions per batch; the plain loop takes 32")
 
-    about = "seconds of a step against four sizes, one varied at a time"
+    about = "seconds of a step for other sizes, varied one at a time"
     add = add_speed_bench("scale", about, 16, clips=dict(default=10.0, help=every_clip))
     add("--gradient_checkpointing", **checkpointing)
     add("--cuda_graph", **graph)
-    add("--seconds_per_point", type=float, default=10.0, help="no further round of a point begins after these seconds")
+    add("--seconds_per_point", type=float, default=10.0, help="after these seconds, start no more rounds of a size")
     add("--picture", default="docs/bench_scale.png", help="where to draw the curves")
 
     args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
-"""Questions about audio: reading question files, building prompts, sharing questions over ranks.
+"""Questions about audio: read question files, build prompts, share the questions among the ranks.
 
-Four formats are told apart by the content of each record:
+The fields of a record tell its format:
 
     MMAU      {"audio_id", "question", "choices", "answer", "task", "sub-category", "difficulty", ...}
     R1-AQA    AVQA's fields plus {"dataset_name", "audio_path"}; the paper's own training file
     AVQA      {"video_name", "question_text", "multi_choice", "answer": index, ...}; AVQA's train_qa.json
     plain     {"audio", "question", "choices", "answer"}; your own data
 
-A file is either one JSON list or one JSON object a line.
+A file is one JSON list, or has one JSON object per line.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import load_audio as load_audio  # not used here, but a name by which others import it
-from errors import InputError, list_problems
-from files import kind_of_file
+from infra.audio import load_audio as load_audio  # part of this file's interface
+from infra.errors import InputError, list_problems
+from infra.files import kind_of_file
 
-AUDIO_TOKEN = "<|AUDIO|>"  # where the chat markup puts the clip
+AUDIO_TOKEN = "<|AUDIO|>"  # the chat markup puts the clip in its place
 
-# The exact texts that the paper's released checkpoints were trained with. {choices} is a Python list's own repr.
+# The paper's released checkpoints were trained with exactly these texts. {choices} is the repr of a Python list.
 _OPTIONS = "{question} Please choose the answer from the following options: {choices}."
 TEMPLATES = {
     "direct": _OPTIONS,
@@ -38,63 +38,81 @@ TEMPLATES = {
 @dataclass
 class Question:
     id: str
-    audio: str  # path of its clip
+    audio: str  # path of the clip
     question: str
     choices: list[str]
-    answer: str | None  # one of the choices; None where it is withheld
+    answer: str | None  # one of the choices; None if the file withholds it
     task: str | None = None
     difficulty: str | None = None
     sub_category: str | None = None
-    place: str = field(default="", compare=False)  # where it stands: "FILE, line 3"
+    place: str = field(default="", compare=False)  # file and line of the record, for messages: "FILE, line 3"
 
     @property
     def known_answer(self) -> str:
-        """The answer of a question that is known to have one."""
+        """Return the answer of a question that must have one."""
         assert self.answer is not None, f"{self.place}: the answer is withheld"
         return self.answer
 
 
 def build_prompt(question: Question, template: str) -> str:
-    """The user's text for a question, without chat markup. Raises InputError for an unknown template."""
+    """Return the user's text for a question, without chat markup. Raises InputError for an unknown template."""
     if template not in TEMPLATES:
         raise InputError(f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
     return TEMPLATES[template].format(question=question.question, choices=question.choices)
 
 
 def target_text(answer: str, template: str) -> str:
-    """What a completion that answers rightly says: <answer>...</answer>, or the bare answer with template `direct`.
+    """Return the right completion: the bare answer for template `direct`, <answer>...</answer> for `answer`.
 
-    Raises InputError for `think`: question files hold no thoughts to learn from.
+    Raises InputError for `think`: question files have no thoughts to learn from.
     """
     if template == "think":
-        raise InputError("template 'think' has no target to imitate: question files hold answers without thoughts")
+        raise InputError("template 'think' has no target to imitate: question files have answers without thoughts")
     return answer if template == "direct" else f"<answer>{answer}</answer>"
 
 
 # ---- question files ----
 
 
-def read_records(path: str) -> list[tuple[str, dict]]:
-    """The JSON objects of a question file, each with the place it stands at ("FILE, line 3"), in file order.
+def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
+    """Read a question file of any known format. Raises one InputError for all malformed records.
 
-    Raises InputError, for all lines that are not JSON objects together.
+    Relative audio paths start from `audio_dir`, or else from the folder of the question file. Opens no audio.
     """
-    placed, problems = _find_records(path)
+    return require(find_questions(path, audio_dir))
+
+
+def require(found: tuple[list, list[str]]) -> list:
+    """Return the list that one of the `find` functions found. Raises one InputError for all of its problems."""
+    records_or_questions, problems = found
     if problems:
         raise InputError(list_problems(problems))
-    return placed
+    return records_or_questions
 
 
-def _find_records(path: str) -> tuple[list[tuple[str, dict]], list[str]]:
-    """What read_records returns, and what is wrong with the other lines. Raises InputError if no line is right."""
+def find_questions(path: str, audio_dir: str | None = None) -> tuple[list[Question], list[str]]:
+    """Read the usable questions of a file, and list a problem for each unusable record.
+
+    Raises InputError if the file has no records.
+    """
+    records, problems = find_records(path)
+    questions, more = find_questions_in(records, audio_dir or os.path.dirname(path))
+    return questions, problems + more
+
+
+def find_records(path: str) -> tuple[list[tuple[str, dict]], list[str]]:
+    """Read the JSON objects of a file as (place, object) in file order, and list a problem for each unusable line.
+
+    A place is "FILE, line 3". Raises InputError if no line is right.
+    """
     text = _read_text(path)
-    placed, problems = [], []
+    values, problems = [], []
     if text.lstrip().startswith("["):
         try:
-            placed = [(f"{path}, record {i}", record) for i, record in enumerate(_parse_json(text), start=1)]
+            values = [(f"{path}, record {i}", value) for i, value in enumerate(_parse_json(text), start=1)]
         except json.JSONDecodeError as error:
             fault = f"line {error.lineno}: not valid JSON ({error.msg})"
-            raise InputError(f"{path}, {fault}; give one JSON list, or one JSON object a line") from None
+            raise InputError(f"{path}, {fault}; give one JSON list, or one JSON object per line") from None
         except ValueError as error:
             raise InputError(f"{path}: not usable as JSON ({error})") from None
     else:
@@ -102,25 +120,27 @@ def _find_records(path: str) -> tuple[list[tuple[str, dict]], list[str]]:
             if line.strip():
                 place = f"{path}, line {number}"
                 try:
-                    placed.append((place, _parse_json(line)))
+                    values.append((place, _parse_json(line)))
                 except ValueError as error:
                     fault = getattr(error, "msg", str(error))
-                    problems.append(f"{place}: not valid JSON ({fault}); give one JSON object a line, or one JSON list")
-        if problems and not any(isinstance(record, dict) for _, record in placed):  # another format altogether
+                    problems.append(
+                        f"{place}: not valid JSON ({fault}); give one JSON object per line, or one JSON list"
+                    )
+        if problems and not any(isinstance(value, dict) for _, value in values):  # the file has another format
             raise InputError(problems[0])
-    for place, record in placed:
-        if not isinstance(record, dict):
-            problems.append(f"{place}: expected a JSON object, found {type(record).__name__}")
-    if not placed and not problems:
-        raise InputError(f"{path}: holds no questions")
-    return [(place, record) for place, record in placed if isinstance(record, dict)], problems
+    for place, value in values:
+        if not isinstance(value, dict):
+            problems.append(f"{place}: expected a JSON object, found {type(value).__name__}")
+    if not values and not problems:
+        raise InputError(f"{path}: has no questions")
+    return [(place, value) for place, value in values if isinstance(value, dict)], problems
 
 
 def _read_text(path: str) -> str:
-    """A question file's text, with or without a byte-order mark. Raises InputError."""
+    """Read the text of a file, with or without a byte-order mark. Raises InputError."""
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such question file")
-    if not os.path.isfile(path):  # of a pipe, reading would wait, and a second time find nothing
+    if not os.path.isfile(path):  # reading a pipe would wait, and a second reading would find nothing
         raise InputError(f"{path}: is a {kind_of_file(path)}; name a file of questions")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
@@ -129,43 +149,17 @@ def _read_text(path: str) -> str:
 
 
 def _parse_json(text: str):
-    """json.loads, whose failures are all ValueErrors."""
+    """Call json.loads. Raises ValueError for every failure."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
-def load_questions(path: str, audio_dir: str | None = None) -> list[Question]:
-    """Read a question file of any known format. Raises InputError, for all malformed records together.
-
-    Relative audio paths are relative to `audio_dir`, or else to the question file's folder. No audio is looked at.
-    """
-    questions, problems = find_questions(path, audio_dir)
-    if problems:
-        raise InputError(list_problems(problems))
-    return questions
-
-
-def find_questions(path: str, audio_dir: str | None = None) -> tuple[list[Question], list[str]]:
-    """The questions of a file, and what is wrong with its other records. Raises InputError if it has no records."""
-    placed, problems = _find_records(path)
-    questions, more = _parse(placed, audio_dir or os.path.dirname(path))
-    return questions, problems + more
-
-
-def parse_records(placed: list[tuple[str, dict]], folder: str) -> list[Question]:
-    """The questions of read_records' records, with audio paths that are relative to `folder`. Raises InputError, for
-    all malformed records together."""
-    questions, problems = _parse(placed, folder)
-    if problems:
-        raise InputError(list_problems(problems))
-    return questions
-
-
-def _parse(placed: list[tuple[str, dict]], folder: str) -> tuple[list[Question], list[str]]:
-    questions, problems, odd, places = [], [], [], {}
-    for place, record in placed:
+def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[list[Question], list[str]]:
+    """Parse records of find_records, with audio paths relative to `folder`. List a problem for each unusable record."""
+    questions, problems, odd, places = [], [], [], {}  # places: id -> place
+    for place, record in records:
         try:
             question = parse_record(record, place, folder)
         except InputError as error:
@@ -173,11 +167,11 @@ def _parse(placed: list[tuple[str, dict]], folder: str) -> tuple[list[Question],
             continue
         first = places.setdefault(question.id, place)
         if first != place:
-            problems.append(f"{place}: has the id {_shown(question.id)}, as {first} has; ids must differ")
+            problems.append(f"{place}: has the id {_shown(question.id)}, the same as {first}; give it another id")
             continue
         if question.answer is not None and question.answer not in question.choices:
             if "audio_id" in record:
-                odd.append(place)  # MMAU's own rule does not need it there; a published benchmark is scored as it is
+                odd.append(place)  # MMAU's own rule does not need it; a published benchmark is scored as it is
             else:
                 answer, choices = _shown(question.answer), _shown(question.choices)
                 problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
@@ -190,28 +184,28 @@ def _parse(placed: list[tuple[str, dict]], folder: str) -> tuple[list[Question],
 
 
 def _almost(question: Question) -> str:
-    """A hint where a choice differs from the answer in case or space alone."""
+    """Return a hint if a choice differs from the answer only in case or spaces, else ""."""
     squeezed = "".join(question.known_answer.split()).lower()
     alike = [choice for choice in question.choices if "".join(choice.split()).lower() == squeezed]
-    return f"; {alike[0]!r} differs in case or space alone: correct the one or the other" if alike else ""
+    return f"; {alike[0]!r} differs only in case or spaces: correct one of them" if alike else ""
 
 
 def _shown(value) -> str:
-    """A value for a message: on one line, and short."""
+    """Format a value for a message: one line, at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def digest(questions: list[Question]) -> str:
-    """A short text that differs where the questions, their clips' names, choices, answers or order differ."""
+    """Return a hash of the questions, the names of their clips, their choices, answers and order."""
     content = [(q.question, os.path.basename(q.audio), q.choices, q.answer) for q in questions]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def parse_record(record: dict, place: str, folder: str) -> Question:
-    """One record of any format as a Question. `place` and `folder` are as in load_questions."""
-    if "multi_choice" in record:  # AVQA's fields
-        question = _text(record, "question_text", place).replace("video", "audio")  # as the paper's code does
+    """Parse one record of any format. Relative audio paths start from `folder`. Raises InputError."""
+    if "multi_choice" in record:  # AVQA, R1-AQA
+        question = _text(record, "question_text", place).replace("video", "audio")  # as in the paper's code
         choices = _choices(record, "multi_choice", place)
         index = record.get("answer")
         if type(index) is not int or not 0 <= index < len(choices):
@@ -238,23 +232,23 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
             f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {_shown(sorted(record))}"
         )
     if AUDIO_TOKEN in question or any(AUDIO_TOKEN in choice for choice in choices):
-        raise InputError(f"{place}: holds {AUDIO_TOKEN}, which would stand for a second clip; take it out")
+        raise InputError(f"{place}: has {AUDIO_TOKEN}, which would stand for a second clip; take it out")
     parsed = Question(
         id=str(record.get("id", place)),
         audio=os.path.normpath(audio),
         question=question,
         choices=choices,
-        answer=answer or None,  # MMAU leaves out, or empty, the answers that it withholds
+        answer=answer or None,  # MMAU withholds answers: it leaves them out or empty
         task=_label(record, "task"),
         difficulty=_label(record, "difficulty"),
         sub_category=_label(record, "sub-category"),
         place=place,
     )
-    try:  # JSON can hold halves of characters, which no tokenizer and no file takes
+    try:  # JSON's escapes can spell a lone surrogate, half of a character, which UTF-8 cannot encode
         "".join(text for value in vars(parsed).values() for text in value or ()).encode()
     except UnicodeEncodeError as error:
         half = _shown(error.object[error.start])
-        raise InputError(f"{place}: holds half of a character, {half}; write the file anew as UTF-8") from None
+        raise InputError(f"{place}: has half of a character, {half}; write the whole character") from None
     return parsed
 
 
@@ -267,12 +261,12 @@ def _text(record: dict, key: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{place}: {key} must be a text that is not empty; found {_shown(value)}")
     if "\0" in value:
-        raise InputError(f"{place}: {key} holds a NUL character; found {_shown(value)}")
+        raise InputError(f"{place}: {key} has a NUL character; found {_shown(value)}")
     return value
 
 
 def _name(record: dict, key: str, place: str) -> str:
-    """A clip's name in a data set that others made: it has no business outside of the audio folder."""
+    """Return a clip's name from a published data set. Raises InputError if it leads out of the audio folder."""
     name = _text(record, key, place)
     if Path(os.path.normpath(name)).parts[0] == "..":
         raise InputError(f"{place}: {key} {_shown(name)} leaves the audio folder; take the .. out, or use --audio_dir")
@@ -287,7 +281,7 @@ def _choices(record: dict, key: str, place: str) -> list[str]:
 
 
 def _find_avqa_audio(video_name: str, folder: str) -> str:
-    """The audio of an AVQA video: VGGSound's own name (ID_000030) or that of the paper's authors (ID_30)."""
+    """Return the path of an AVQA video's audio, under VGGSound's name (ID_000030) or the paper authors' (ID_30)."""
     stem, _, second = video_name.rpartition("_")
     names = [video_name] + ([f"{stem}_{int(second)}"] if stem and re.fullmatch(r"[0-9]{1,9}", second) else [])
     paths = [os.path.join(folder, name + suffix) for name in names for suffix in (".wav", ".flac", ".ogg", ".mp3")]
@@ -298,20 +292,16 @@ def _find_avqa_audio(video_name: str, folder: str) -> str:
 
 
 def step_indices(num_questions: int, position: int, prompts_per_rank: int, rank: int, seed: int) -> list[int]:
-    """Indices of the questions that `rank` trains on in the next step, [prompts_per_rank].
+    """Return the indices of the questions that `rank` trains on in the next step, [prompts_per_rank].
 
-    All ranks read one endless stream, epoch after epoch, each epoch a fresh shuffle of all questions by seed and
-    epoch, so that every question is used once per epoch whatever the number of ranks. A step takes the stream's next
-    questions, prompts_per_rank for rank 0, as many for rank 1, ... `position` is the number of questions that all
-    ranks took before. A pure function: it has no state to save but that number.
+    All ranks read one endless stream of epochs. Each epoch is a new shuffle of all questions, given by seed and epoch,
+    so every question is used once per epoch, for any number of ranks. A step takes the next questions of the stream:
+    the first prompts_per_rank for rank 0, the following ones for rank 1, and so on. `position` is the number of
+    questions that all ranks have taken so far, the only state that a run has to save.
     """
-    start = position + rank * prompts_per_rank
-    indices = []
-    for place in range(start, start + prompts_per_rank):
-        epoch, offset = divmod(place, num_questions)
-        indices.append(int(_epoch_order(num_questions, epoch, seed)[offset]))
+    start, indices = position + rank * prompts_per_rank, []
+    for i in range(start, start + prompts_per_rank):
+        epoch, offset = divmod(i, num_questions)
+        order = np.random.default_rng([seed, epoch]).permutation(num_questions)
+        indices.append(int(order[offset]))
     return indices
-
-
-def _epoch_order(num_questions: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_questions)

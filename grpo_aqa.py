@@ -1,74 +1,73 @@
 """GRPO for audio question answering, from scratch in plain PyTorch.
 
-Group Relative Policy Optimization (arXiv 2402.03300) as arXiv 2503.11197 applies it to Qwen2-Audio. One step:
+Group Relative Policy Optimization (arXiv 2402.03300), applied to Qwen2-Audio as in arXiv 2503.11197. One step:
 
-    take B questions                       data.py        prompts, with audio
-    sample G completions of each           policy.py      each prompt computed once
-    reward = accuracy + format             reward.py      [B, G]
-    advantage within the group             here           [B, G]
-    log-probs of reference and policy      policy.py      [B * G, T]
-    clipped loss with a KL penalty         here           scalar
-    backward, average over ranks           here
-    AdamW                                  optimizer.py
+    1. take B questions with their clips               data.py         ids [B, P], mel [B, mels, F]
+    2. sample G completions of each                    policy.py       [B * G, T]
+    3. reward each completion                          reward.py       [B, G]
+    4. advantage = reward compared with its group      here            [B, G]
+    5. log-probs of reference and policy               policy.py       [B * G, T]
+    6. clipped loss with a KL penalty, backward        here            scalar
+    7. clip the gradient, AdamW                        training/       weights
 
-    python grpo_aqa.py                                  the toy: trains a tiny model on synthesized sounds, on a CPU
+    python grpo_aqa.py                    the toy: trains a tiny model on synthesized sounds, on a CPU
     torchrun --nproc_per_node 8 grpo_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
-        --audio_dir data/AVQA/wavs
+        --audio_dir data/AVQA/wavs --skip_bad_audio
 
-Shapes: B prompts per rank, G completions each, N = B * G, T completion tokens.
+Shapes: B prompts per rank, G completions per prompt, N = B * G, P prompt tokens, T completion tokens, F mel frames.
 """
 
 import argparse
-import copy
 import sys
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Question, build_prompt
-from decoding import GroupDecoder
-from lora import adapter_off, dropout_on
-from metrics import log_completions
-from policy import Prompt, completion_logprobs, decode_text, sample_group, slice_prompt, stop_token_ids
-from reward import accuracy_reward, format_reward
-from runtime import mean_length
-from training import (
-    Run,
-    add_setting,
-    finish,
-    load_policy_to_train,
-    parse_settings,
-    progress_bar,
-    record_step,
-    run_training,
-    save_if_due,
-    shared_settings,
-    start,
-    steps_to_take,
-    update,
-)
+from data import Question, step_indices
+from infra.flags import ON_OFF
+from infra.processes import mean_length
+from model.decoding import GroupDecoder
+from model.lora import adapter_off, dropout_on
+from model.qwen2_audio import Prompt, frozen_copy, slice_prompt
+from policy import completion_logprobs, data_parallel, decode_text, sample_group, stop_token_ids
+from reward import REWARDS
+from training.optimizer import ShardedAdamW, clip_scale
+from training.run import Run, run_training
+from training.settings import TOY, TOY_LR, add_setting, parse_settings, shared_settings
 
 # ---- the algorithm ----
 
 
-def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
-    """Advantage of each completion over its group's mean reward, [B, G] -> [B, G] in float32.
+def score_completions(
+    texts: list[str], questions: list[Question], template: str, names: list[str]
+) -> dict[str, Tensor]:
+    """Compute the named rewards of B * G texts, the first G about the first question: [B, G] each, on the CPU."""
+    answers = [question.known_answer for question in questions for _ in range(len(texts) // len(questions))]
+    scores = {}
+    for name in names:
+        values = [REWARDS[name](text, answer, template) for text, answer in zip(texts, answers)]
+        scores[name] = torch.tensor(values, dtype=torch.float32).view(len(questions), -1)
+    return scores
 
-    A = (r - mean(r)) / (std(r) + 1e-4), with the unbiased deviation of the group (arXiv 2402.03300, section 4.1.2);
-    without the division if normalize_std is False. Completions of a group of equal rewards have advantage exactly 0.
+
+def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
+    """Compute the advantage of each completion over its group, [B, G] -> [B, G] in float32.
+
+    A = (r - mean(r)) / (std(r) + 1e-4) with the group's unbiased deviation (arXiv 2402.03300, section 4.1.2), without
+    the division if normalize_std is False. In a group of equal rewards every advantage is exactly 0.
     """
     rewards = rewards.float()
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # [B, G] - [B, 1]
     if normalize_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # where the mean may still be off by a rounding
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # [B, 1]; here the mean may be off by a rounding
     return advantages.masked_fill(equal, 0.0)
 
 
@@ -84,108 +83,143 @@ def grpo_loss(
     length: float | None = None,
     ratio: str = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO objective, negated, as a scalar loss (arXiv 2402.03300, equations 3 and 4), and its variants.
+    """Compute the GRPO objective, negated, as a scalar loss (arXiv 2402.03300, equations 3 and 4), and its variants.
 
         rho  = pi / pi_old
         gain = min(rho * A, clip(rho, 1 - clip_low, 1 + clip_high) * A)
         kl   = pi_ref / pi - log(pi_ref / pi) - 1              the unbiased, never negative "k3" estimator
-        loss = mean over completions of the mean over their tokens of -(gain - beta * kl)
-
-    With a `length`, the sum over a completion's tokens is divided by that instead of by their number (see loss_length).
-    With ratio "sequence", all tokens of a completion have the same rho, the geometric mean of theirs, and are clipped
-    together (GSPO, arXiv 2507.18071, equations 5 and 7).
+        loss = mean over completions of (mean over tokens of -(gain - beta * kl))
 
     logprobs, old_logprobs, ref_logprobs, mask: [N, T]; advantages: [N]. Gradient flows through `logprobs` only.
-    `ref_logprobs` may be None when beta is 0. Also returns stats without gradient: clip_fraction, the share of tokens
-    whose gradient clipping removes, and kl, in nats per token. To mean the same in all variants, both are means over
-    completions of the mean over their tokens, whatever the loss is divided by.
+    `ref_logprobs` may be None if beta is 0. `length`: divide the sum over a completion's tokens by this number, not by
+    the number of its tokens (see loss_length). ratio "sequence": one rho per completion, the geometric mean over its
+    tokens, so that the completion is clipped as a whole (GSPO, arXiv 2507.18071, equations 5 and 7).
+
+    Also returns stats without gradient: clip_fraction, the share of tokens that lose their gradient to clipping, and kl
+    in nats per token. Both are means over completions of means over tokens in all variants, so that variants compare.
     """
     mask = mask.bool()
     logprobs, old_logprobs = logprobs.float().masked_fill(~mask, 0), old_logprobs.float().masked_fill(~mask, 0)
-    own_lengths = mask.sum(dim=1).clamp(min=1)
+    own_lengths = mask.sum(dim=1).clamp(min=1)  # [N]
 
     def mean_over_completions(per_token: Tensor, lengths: Tensor | float = own_lengths) -> Tensor:
-        return ((per_token * mask).sum(dim=1) / lengths).mean()
+        return ((per_token * mask).sum(dim=1) / lengths).mean()  # [N, T] -> [N] -> scalar
 
-    advantages = advantages.float()[:, None]
-    log_rho = logprobs - old_logprobs.detach()
+    advantages = advantages.float()[:, None]  # [N, 1]
+    log_rho = logprobs - old_logprobs.detach()  # [N, T]
     if ratio == "sequence":
         log_rho = log_rho.sum(dim=1, keepdim=True) / own_lengths[:, None]  # [N, 1]
-    rho = log_rho.exp()
-    gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    rho = log_rho.exp()  # [N, T], or [N, 1] for a sequence ratio
+    gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)  # [N, T] or [N, 1]
     per_token_loss = -gain
 
     stats = {}
     if beta != 0:
         assert ref_logprobs is not None, "a KL penalty needs the reference's log-probs"
-        log_ref_ratio = ref_logprobs.float().masked_fill(~mask, 0).detach() - logprobs
-        kl = log_ref_ratio.exp() - log_ref_ratio - 1
-        per_token_loss = per_token_loss + beta * kl
+        log_ref_ratio = ref_logprobs.float().masked_fill(~mask, 0).detach() - logprobs  # [N, T]
+        kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [N, T]
+        per_token_loss = per_token_loss + beta * kl  # [N, T]
         stats["kl"] = mean_over_completions(kl.detach())
 
-    clipped = ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))
+    clipped = ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))  # [N, T] or [N, 1]
     stats["clip_fraction"] = mean_over_completions(clipped.float())
     return mean_over_completions(per_token_loss, own_lengths if length is None else length), stats
 
 
 def loss_length(mask: Tensor, loss_average: str, max_new_tokens: int) -> float | None:
-    """What grpo_loss divides the sum over each completion's tokens by, for the completions [N, T] of a whole step.
+    """Return the divisor of a completion's sum over tokens, for grpo_loss. mask: [N, T] of the whole step.
 
-        completion   None: by its own length, so that all completions weigh the same    arXiv 2402.03300, equation 3
-        token        the mean length over all ranks, so that all tokens do              DAPO, arXiv 2503.14476
-        constant     the longest possible length, the same in all steps                 Dr. GRPO, arXiv 2503.20783
+        completion   None: its own length, so all completions weigh the same       arXiv 2402.03300, equation 3
+        token        the mean length over all ranks, so all tokens weigh the same  DAPO, arXiv 2503.14476
+        constant     the longest possible length, the same in all steps            Dr. GRPO, arXiv 2503.20783
 
-    Every rank has to call it, with as many completions as the others.
+    All ranks call this, each with the same number of completions.
     """
     if loss_average == "token":
         return mean_length(mask)
     return float(max_new_tokens) if loss_average == "constant" else None
 
 
-def score_completions(texts: list[str], questions: list[Question], template: str) -> tuple[Tensor, Tensor]:
-    """Accuracy and format reward of B * G texts, G about each of B questions in turn, [B, G] each, on the CPU."""
-    answers = [question.known_answer for question in questions for _ in range(len(texts) // len(questions))]
-    accuracy = torch.tensor([accuracy_reward(text, answer) for text, answer in zip(texts, answers)])
-    format_ = torch.tensor([format_reward(text, template) for text in texts])
-    return accuracy.view(len(questions), -1), format_.view(len(questions), -1)
-
-
 @dataclass
 class Rollout:
-    """Prompts with their groups of completions, and all that stays fixed while the policy learns from them."""
+    """A batch of completions and everything that is constant during its updates."""
 
     prompt: Prompt  # of N / G questions
     completions: Tensor  # [N, T]
-    mask: Tensor  # [N, T]
+    mask: Tensor  # [N, T]: True up to and including the end of turn
     advantages: Tensor  # [N]
     ref_logprobs: Tensor | None  # [N, T]; None without a KL penalty
-    old_logprobs: Tensor | None  # [N, T]; None where the policy has not changed since it sampled
+    old_logprobs: Tensor | None  # [N, T]; None for a single update: old and current policy are the same
+
+
+@torch.no_grad()
+def make_rollouts(
+    policy,
+    reference,
+    prompt: Prompt,
+    completions: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    parts: int,
+    temperature: float,
+    keep_old: bool,
+    clock=lambda phase: nullcontext(),
+) -> list[Rollout]:
+    """Split sampled completions into equal parts, and compute the log-probs that stay constant during the updates.
+
+    prompt: B prompts; completions, mask: [N, T]; advantages: [N]. reference: None without a KL penalty. Each of the
+    `parts` goes through the model by itself (gradient accumulation). keep_old: also compute the log-probs of the policy
+    as it sampled, which several updates need.
+    """
+    prompts, rollouts = len(prompt["input_ids"]), []
+    group_size, size = len(completions) // prompts, prompts // parts
+    for i in range(0, prompts, size):
+        rows = slice(i * group_size, (i + size) * group_size)
+        part = slice_prompt(prompt, i, i + size), completions[rows], mask[rows]
+        ref_logprobs = old_logprobs = None
+        if reference is not None:
+            with clock("reference"), adapter_off(policy):  # with LoRA, the reference is the policy without its adapter
+                ref_logprobs, _ = completion_logprobs(reference, *part, temperature)
+        if keep_old:
+            with clock("train"):
+                old_logprobs, _ = completion_logprobs(policy, *part, temperature)
+        rollouts.append(Rollout(*part, advantages[rows], ref_logprobs, old_logprobs))
+    return rollouts
 
 
 def accumulate_gradients(
-    ddp_policy: DistributedDataParallel, rollouts: list[Rollout], args, length: float | None = None
+    ddp_policy: DistributedDataParallel,
+    rollouts: list[Rollout],
+    *,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    length: float | None = None,
+    ratio: str = "token",
 ) -> dict[str, float]:
-    """Backward through the loss of equally large rollouts, one after the other. Returns the loss and its stats.
+    """Run log-probs, loss and backward for rollouts of equal size, one after the other. Return the loss and its stats.
 
-    Leaves in the parameters the gradient of the mean loss over the rollouts of all ranks: gradients add up locally
-    and are averaged over the ranks once, with the last rollout.
+    Leaves the gradient of the mean loss over the rollouts of all ranks in the parameters. Gradients add up on each
+    rank, and the ranks average them once, in the last backward. temperature: that of sampling. The other keywords are
+    those of grpo_loss.
     """
     sums: dict[str, float] = defaultdict(float)
     for rollout in rollouts:
         with nullcontext() if rollout is rollouts[-1] else ddp_policy.no_sync():
-            logprobs, entropy = ddp_policy(rollout.prompt, rollout.completions, rollout.mask, args.temperature)
-            old_logprobs = logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs
+            logprobs, entropy = ddp_policy(rollout.prompt, rollout.completions, rollout.mask, temperature)  # [N, T]
             loss, stats = grpo_loss(
                 logprobs,
-                old_logprobs,
+                logprobs.detach() if rollout.old_logprobs is None else rollout.old_logprobs,
                 rollout.ref_logprobs,
                 rollout.advantages,
                 rollout.mask,
-                args.clip_low,
-                args.clip_high,
-                args.beta,
-                length,
-                args.ratio,
+                clip_low=clip_low,
+                clip_high=clip_high,
+                beta=beta,
+                length=length,
+                ratio=ratio,
             )
             (loss / len(rollouts)).backward()
         stats |= {"loss": loss, "entropy": entropy.sum() / rollout.mask.sum()}
@@ -194,138 +228,148 @@ def accumulate_gradients(
     return sums
 
 
-def make_reference(args, policy):
-    """The frozen starting checkpoint, which the KL penalty pulls towards; None without one. Shares a frozen tower.
+def make_reference(policy, beta: float, lora_rank: int, freeze_audio_tower: bool) -> Any:
+    """Return the frozen starting checkpoint that the KL penalty pulls towards; None if beta is 0.
 
-    With LoRA it is the policy itself, to be called with its adapter off.
+    With LoRA the reference is the policy itself, called with its adapter off. A frozen audio tower is shared.
     """
-    if args.beta == 0:
+    if beta == 0:
         return None
-    if args.lora_rank:
+    if lora_rank:
         return policy
-    shared = {id(policy.model.audio_tower): policy.model.audio_tower} if args.freeze_audio_tower else {}
-    return copy.deepcopy(policy, shared).requires_grad_(False)
+    return frozen_copy(policy, share_audio_tower=freeze_audio_tower)
 
 
 # ---- the loop ----
 
 
-def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
-    """The whole run: load, score, loop over steps, save, score again."""
-    policy, processor = load_policy_to_train(args, device)
-    reference = make_reference(args, policy)
-    learner = start(args, run, policy, processor, device)
+def train(args: argparse.Namespace, run: Run) -> None:
+    """Train the policy with GRPO. `run` does what is not the algorithm: checks, batches, metrics, saves, resuming."""
+    # Policy; reference, copied before run.start may load resumed weights; gradients averaged over the ranks; optimizer.
+    policy, processor = run.load_policy()
+    reference = make_reference(policy, args.beta, args.lora_rank, args.freeze_audio_tower)
+    ddp_policy = data_parallel(policy, run.first_prompt(), run.recompute_layers)
+    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+
+    # The data order: every epoch is a new shuffle of all questions; the ranks share each step's questions.
+    order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),
+                    seed=args.seed)  # fmt: skip
+    run.start(optimizer, order)
+    decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph)  # its memory serves all steps
     stop_ids = stop_token_ids(policy, processor)
-    decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph == "on")
-    bar = progress_bar(args, learner, "GRPO")
 
-    # 1. Questions: this rank's share of the step's batch, B of them.
-    for step, lr, batch, prompt, clock in steps_to_take(args, run, learner, device):
-        # 2. G completions of each.
-        with clock("sample"):
-            sizes = args.group_size, args.max_new_tokens
+    for step in run.steps():
+        lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
+
+        # 1. Questions: B of them, this rank's share of the step.
+        questions, prompt = run.next_batch()
+
+        # 2. Sample G completions of each question, [B * G, T].
+        with run.clock("sample"):
             completions, mask = sample_group(
-                policy, prompt, *sizes, args.temperature, stop_ids, learner.generator, decoder
+                policy, prompt, args.group_size, args.max_new_tokens, args.temperature, stop_ids, run.generator, decoder
             )
-
-        # 3. Rewards and advantages, [B, G].
         texts = decode_text(processor, completions, mask)
-        accuracy, format_ = score_completions(texts, batch, args.template)
-        rewards = accuracy + format_
-        advantages = group_advantages(rewards, args.normalize_std == "on")
 
-        # 4. Log-probs of the reference and, if it is about to be updated more than once, of the policy that sampled.
-        #    The prompts are split into equal parts, one forward and backward each (gradient accumulation).
-        rollouts = []
-        size = args.prompts_per_rank // args.accumulation_steps
-        for i in range(0, args.prompts_per_rank, size):
-            rows = slice(i * args.group_size, (i + size) * args.group_size)
-            inputs = slice_prompt(prompt, i, i + size), completions[rows], mask[rows]
-            ref_logprobs = old_logprobs = None
-            with torch.no_grad():
-                if reference is not None:
-                    with clock("reference"), adapter_off(policy):
-                        ref_logprobs, _ = completion_logprobs(reference, *inputs, args.temperature)
-                if args.updates_per_rollout > 1:
-                    with clock("train"):
-                        old_logprobs, _ = completion_logprobs(policy, *inputs, args.temperature)
-            rollouts.append(Rollout(*inputs, advantages.flatten()[rows].to(device), ref_logprobs, old_logprobs))
+        # 3. Rewards: a weighted sum, [B, G].
+        scores = score_completions(texts, questions, args.template, list(args.reward_weights))
+        rewards = sum((weight * scores[name] for name, weight in args.reward_weights.items()), torch.zeros(()))
 
-        # 5. Updates. With a single one the policy is still the one that sampled: its ratio is 1, nothing is clipped.
-        #    (With several, dropout of an adapter puts its noise into the ratio.)
+        # 4. Advantages within each group, [B, G].
+        advantages = group_advantages(rewards, args.normalize_std)
+
+        # 5. Log-probs of the reference and, if there are several updates, of the policy that sampled, [B * G, T].
+        rollouts = make_rollouts(
+            policy, reference, prompt, completions, mask, advantages.flatten().to(run.device),
+            parts=args.accumulation_steps, temperature=args.temperature, keep_old=args.updates_per_rollout > 1,
+            clock=run.clock,
+        )  # fmt: skip
+
+        # 6. Log-probs of the policy, loss, backward. With a single update the policy is still the one that sampled: its
+        #    ratio is exactly 1, and nothing is clipped.
         length, updates = loss_length(mask, args.loss_average, args.max_new_tokens), []
         for _ in range(args.updates_per_rollout):
-            with clock("train"), dropout_on(policy):
-                updates.append(accumulate_gradients(learner.ddp_policy, rollouts, args, length))
-            with clock("update"):
-                grad_norm = update(args, learner, step, lr, updates[-1]["loss"])  # clips the gradient first
+            with run.clock("train"), dropout_on(policy):
+                stats = accumulate_gradients(
+                    ddp_policy, rollouts, temperature=args.temperature, clip_low=args.clip_low,
+                    clip_high=args.clip_high, beta=args.beta, length=length, ratio=args.ratio,
+                )  # fmt: skip
 
-        # 6. Metrics and completions.
+            # 7. Clip the gradient to a global norm, and take a step of AdamW.
+            with run.clock("update"):
+                grad_norm = optimizer.grad_norm()
+                run.require_finite(stats["loss"], grad_norm)
+                optimizer.step(lr, clip_scale(grad_norm, args.max_grad_norm))
+            updates.append(stats)
+
+        # Metrics, completions, checkpoint, resume state.
         metrics = {"kl": None} | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         metrics |= {
             "reward": rewards.mean().item(),
-            "reward_std": rewards.std(dim=1).mean().item(),  # within groups: what advantages are made of
-            "accuracy": accuracy.mean().item(),
-            "format": format_.mean().item(),
+            "reward_std": rewards.std(dim=1).mean().item(),  # within groups: advantages are made of it
+            **{name: score.mean().item() for name, score in scores.items()},
             "completion_tokens": mask.sum(dim=1).float().mean().item(),
             "equal_reward_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
             "grad_norm": grad_norm,
         }
-        metrics, stopping = record_step(args, learner, step, lr, metrics, clock)
-        bar.set_postfix({
-            "reward": f"{metrics['reward']:.2f}",
-            "accuracy": f"{metrics['accuracy']:.2f}",
-            "format": f"{metrics['format']:.2f}",
-            "kl": "off" if metrics["kl"] is None else f"{metrics['kl']:.3f}",
-            "tokens": f"{metrics['completion_tokens']:.1f}",
-            "s/step": f"{metrics['seconds']:.2f}",
-        })  # fmt: skip
-        bar.update()
-        if step % args.log_completions_every == 0 and dist.get_rank() == 0:
-            prompts = [build_prompt(question, args.template) for question in batch]
-            log_completions(Path(args.out) / "completions.jsonl", step, batch, prompts, texts, rewards, advantages)
-
-        # 7. Checkpoint and resume state; only the state if the job is about to be ended.
-        save_if_due(args, learner, step, stopping)
-        if stopping:
-            break
-
-    bar.close()
-    finish(args, run, learner, "GRPO")
+        run.record(lr, metrics, shown=["reward", *scores, "kl", "completion_tokens", "seconds"])
+        run.log_completions(texts, scores, rewards, advantages)
+        run.save_if_due()
+    run.finish()
 
 
 # ---- command line ----
 
-DEFAULTS = dict(out="runs/<model's name>", lr=1e-6)
-# Without --model, these take the place of the defaults, which are the paper's.
-TOY = dict(out="runs/toy", steps=360, accumulation_steps=1, max_new_tokens=32, lr=3e-4, dtype="float32")
+DEFAULTS = dict(out="runs/<model's name>", lr=1e-6)  # the paper's, as those in make_parser
+TOY_DEFAULTS = TOY | dict(out="runs/toy", lr=TOY_LR["grpo_aqa.py"])  # in their place without --model
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = shared_settings("Train Qwen2-Audio on audio questions with GRPO.", DEFAULTS, TOY)
+def reward_weights(text: str) -> dict[str, float]:
+    """Parse --reward_weights: "accuracy=1,format=0.5" -> {"accuracy": 1.0, "format": 0.5}."""
+    weights = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in REWARDS:
+            raise argparse.ArgumentTypeError(f"unknown reward {name!r}; choose from {', '.join(REWARDS)}")
+        if name in weights:
+            raise argparse.ArgumentTypeError(f"names the reward {name!r} twice")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = float("nan")
+        if not abs(weights[name]) <= 1e6:
+            raise argparse.ArgumentTypeError(f"{part!r} needs a number, as in {name}=1")
+    return weights
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Make the parser of GRPO's settings."""
+    parser = shared_settings(description, DEFAULTS, TOY_DEFAULTS)
     add = partial(add_setting, parser.add_argument_group("GRPO"))
     add("group_size", 8, "completions sampled per question")
-    add("temperature", 1.0, "of sampling, and of all log-probs")
-    add("beta", 0.04, "weight of the KL penalty; 0 holds no reference model")
-    add("clip_low", 0.2, "the ratio is clipped below 1 minus this")
-    add("clip_high", 0.2, "the ratio is clipped above 1 plus this")
-    ratio = "clipped by token, or one by completion: GSPO, which clips at 3e-4"
-    add("ratio", "token", ratio, choices=("token", "sequence"))
+    add("temperature", 1.0, "temperature of sampling and of all log-probs")
+    add("reward_weights", "accuracy=1,format=1", "rewards and their weights", type=reward_weights, metavar="NAME=W,...")
+    add("beta", 0.04, "weight of the KL penalty; 0: no reference model")
+    add("clip_low", 0.2, "clip the ratio at 1 minus this")
+    add("clip_high", 0.2, "clip the ratio at 1 plus this")
+    add(
+        "ratio",
+        "token",
+        "one ratio per token, or per completion (GSPO)",
+        choices=("token", "sequence"),
+    )
     averages = "divide a completion's loss by its length, the step's mean length, or --max_new_tokens"
     add("loss_average", "completion", averages, choices=("completion", "token", "constant"))
-    add("normalize_std", "on", "divide advantages by their group's deviation", choices=("on", "off"))
-    add("updates_per_rollout", 1, "optimizer steps on each rollout")
-    add("log_completions_every", 10, "steps from one entry of completions.jsonl to the next")
-    parser.add_argument("--explain", action="store_true", help="print one step with all its numbers; trains no further")
-    parser.add_argument("--explain_html", metavar="FILE", help="the same, also as a web page")
+    add("normalize_std", "on", "divide advantages by their group's deviation", **ON_OFF)
+    add("updates_per_rollout", 1, "optimizer steps per rollout")
+    add("log_completions_every", 10, "steps between entries of completions.jsonl")
+    return parser
 
-    return parse_settings(parser, argv, DEFAULTS, TOY)
+
+def parse_args(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    parser = parser or make_parser("Train Qwen2-Audio on audio questions with GRPO.")
+    return parse_settings(parser, argv, DEFAULTS, TOY_DEFAULTS)
 
 
 if __name__ == "__main__":
-    args = parse_args()
-    if args.explain or args.explain_html:
-        from explain import explain  # here, because it imports the algorithm from this file
-
-        sys.exit(explain(args))
-    sys.exit(run_training(args, "grpo_aqa.py", "GRPO", train))
+    sys.exit(run_training(parse_args(), "grpo_aqa.py", "GRPO", train))

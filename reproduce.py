@@ -1,13 +1,12 @@
 """The paper's table from one command: GRPO against supervised fine-tuning, LoRA and the untouched model.
 
     python reproduce.py                 the toy, one seed, on two CPU cores
-    python reproduce.py --seeds 3       three seeds, each with a base model of its own, in one world of sounds
+    python reproduce.py --seeds 3       three seeds; each has its own base model, all share one world of sounds
     python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
-        --audio_dir data/AVQA/wavs --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8
+        --audio_dir data/AVQA/wavs --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8 --skip_bad_audio
 
-Each row of the table is trained and evaluated by the scripts, in processes of their own. The same command continues
-where it was interrupted: finished rows are found by their row.json, a training by its resume state, an evaluation by
-its journal.
+The scripts train and evaluate each row, in processes of their own. The same command continues an interrupted table:
+row.json marks a finished row, a training continues from its resume state, an evaluation from its journal.
 """
 
 import argparse
@@ -15,49 +14,34 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-import toy
 from data import digest, load_questions
-from errors import InputError
-from files import UNFINISHED, first_free, remove, step_folders, write_text
-from flags import Parser
-from preflight import CACHE, check_model, load_checked
-from reproduce_estimate import disk_bytes, disk_text, duration, require_disk, time_text
-from reproduce_report import write_report
-from reproduce_rows import (
-    ROWS,
-    Row,
-    base_model,
-    evaluation_command,
-    finished_rows,
-    is_finished,
-    is_own,
-    jobs,
-    last_checkpoint,
-    predictions_file,
-    row_folder,
-    settings,
-    sha256,
-    training_command,
-)
-from training import TOY_PROMPTS
+from infra.errors import InputError
+from infra.files import UNFINISHED, first_free, remove, write_text
+from infra.flags import Parser
+from model.checkpoints import check_model
+from paper.commands import evaluation_command, run_command, training_command
+from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
+from paper.rows import NAMES, Job, finished_jobs, jobs, sha256
+from paper.table import write_table
+from training import toy_model
+from training.preflight import CACHE, load_checked
+from training.run_folder import step_folders
+from training.settings import TOY_PROMPTS, TOY_STEPS
 
-# ---- command line ----
+# ---- arguments ----
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    names = [row.name for row in ROWS]
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
-        description="Train and evaluate every row of the paper's table, and write it. Without --model: on the toy, "
-        f"which needs no GPU. Rows: {', '.join(names)}.",
+        description="Train and evaluate every row of the paper's table, and write the table. Without --model, use the "
+        f"toy, which needs no GPU. Rows: {', '.join(NAMES)}.",
     )
 
     def add(name, help, **kwargs):
@@ -66,25 +50,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add("model", "Hugging Face name or folder of a Qwen2-Audio model")
     add("data", "training questions: an R1-AQA, AVQA, MMAU or plain file")
-    add("audio_dir", "folder that its relative audio paths start from [the question file's]")
-    add("mmau", "questions to evaluate on, with answers; MMAU's test-mini or any other file")
-    add("mmau_audio_dir", "folder that its relative audio paths start from [the question file's]")
-    add("out", "folder of the table [runs/reproduce; of the toy: runs/reproduce_toy]")
-    add("rows", "names of the rows to run, with commas between them [all]")
+    add("audio_dir", "folder of relative audio paths in --data [the question file's]")
+    add("mmau", "questions to evaluate on, with answers: MMAU's test-mini or any other file")
+    add("mmau_audio_dir", "folder of relative audio paths in --mmau [the question file's]")
+    add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy]")
+    add("rows", "names of the rows to run, separated by commas [all]")
     add("seeds", "runs of each row", type=int, default=1)
-    add("steps", "training steps of each row [1000; of the toy: 360]", type=int)
-    add("nproc_per_node", "processes of a script [GPUs, at least 1; of the toy: 2]", type=int)
-    add("skip_bad_audio", "go on where clips are missing or broken, as the scripts do", action="store_true")
+    add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}]", type=int)
+    add("nproc_per_node", "ranks of each script [the number of GPUs, at least 1; toy: 2]", type=int)
+    add("skip_bad_audio", "leave out questions whose clip is missing or broken, as the scripts do", action="store_true")
     add("label_noise", "share of the toy's training answers that are wrong", type=float, default=0.0)
-    add("heldout_noise", "the toy's held-out clips are this many times as noisy", type=float, default=1.0)
-    add("seconds_per_step", "of training, for the estimate, where none has been measured in --out", type=float)
-    add("dry_run", "print the estimate and the commands, and do nothing", action="store_true")
+    add("heldout_noise", "factor on the noise in the toy's held-out clips", type=float, default=1.0)
+    add("seconds_per_step", "time of a training step, for the estimate, if --out has measured none yet", type=float)
+    add("dry_run", "print the estimate and the commands, then stop", action="store_true")
 
     args = parser.parse_args(argv)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        parser.error("start it with python: it calls torchrun itself")
+        parser.error("start reproduce.py with python; it calls torchrun itself")
     args.toy = args.model is None
-    args.steps = (360 if args.toy else 1000) if args.steps is None else args.steps
+    args.steps = (TOY_STEPS if args.toy else 1000) if args.steps is None else args.steps
     if args.nproc_per_node is None:
         args.nproc_per_node = 2 if args.toy else max(1, torch.cuda.device_count())
     if args.toy:
@@ -98,51 +82,102 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if getattr(args, name) is None:
                 parser.error(f"--model needs --{name}, a file of questions")
         if (args.label_noise, args.heldout_noise) != (0.0, 1.0):
-            parser.error("--label_noise and --heldout_noise are the toy's: they do not go with --model")
+            parser.error("--label_noise and --heldout_noise are for the toy; leave them out with --model")
         args.out = args.out or "runs/reproduce"
-    args.rows = args.rows.split(",") if args.rows else names
+    args.rows = args.rows.split(",") if args.rows else NAMES
     for name in args.rows:
-        if name not in names:
-            parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(names)}")
+        if name not in NAMES:
+            parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(NAMES)}")
     if args.toy and TOY_PROMPTS % args.nproc_per_node:
         parser.error(f"--nproc_per_node must divide the toy's {TOY_PROMPTS} questions a step")
     return args
 
 
-# ---- a row ----
+# ---- inputs ----
 
 
-class RowFailed(Exception):
-    """A script did not do its part of a row; the other rows go on."""
+def check_inputs(args: argparse.Namespace) -> None:
+    """Check the model, the question files and that args.out holds no other table. Raises InputError.
+
+    reproduce.json in args.out records the model and the questions, which all rows of a table share.
+    """
+    if args.toy:
+        shared = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
+    else:
+        check_model(args.model)
+        shared = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
+        for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
+            cache = None if args.dry_run else Path(args.out, CACHE)
+            shared |= {f"{name}_digest": digest(load_checked(path, folder, args.skip_bad_audio, cache).questions)}
+    path = Path(args.out) / "reproduce.json"
+    if not path.exists():
+        if not args.dry_run:
+            write_text(path, json.dumps(shared, indent=2) + "\n")
+        return
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
+    different = [name for name in saved | shared if saved.get(name, "") != shared.get(name, "")]
+    if different:
+        listed = ", ".join(f"{name} {saved.get(name)} (now {shared.get(name)})" for name in different)
+        raise InputError(f"{args.out}: holds the rows of another table, {listed}; name another folder with --out")
 
 
-def run_row(args: argparse.Namespace, seed: int, row: Row) -> None:
-    """Train and evaluate a row, or go on where it stopped. Raises RowFailed."""
-    folder, own = row_folder(args, seed, row), settings(args, seed, row)
-    if folder.exists() and not is_own(args, seed, row):
-        earlier = first_free(lambda n: folder.with_name(f"{row.name}.earlier_{n}"))
-        folder.rename(earlier)
-        print(f"{folder} is of other settings; it is now {earlier}", flush=True)
-    write_text(folder / "row.json", json.dumps({"settings": own}, indent=2) + "\n")
-    if row.script:
-        checkpoint = last_checkpoint(args, seed, row)
-        if not checkpoint.exists():
-            _run_part(args, "training", training_command(args, seed, row), folder / "log.txt")
-            if not checkpoint.exists():
-                raise RowFailed(f"training ended before {checkpoint} was there")
-        _remove_all_but(checkpoint)
+# ---- one job ----
+
+
+class JobFailed(Exception):
+    """The training or evaluation of one job failed. The other jobs still run."""
+
+
+def run_job(job: Job) -> None:
+    """Train and evaluate one row with one seed, or continue from where the job stopped. Raises JobFailed."""
+    if job.args.toy:
+        make_toy(job)
+    if job.folder.exists() and not job.has_same_settings():
+        earlier = first_free(lambda n: job.folder.with_name(f"{job.row.name}.earlier_{n}"))
+        job.folder.rename(earlier)
+        print(f"{job.folder} was made with other settings and has been moved to {earlier}", flush=True)
+    record: dict = {"settings": job.settings()}
+    write_text(job.record, json.dumps(record, indent=2) + "\n")
+    if job.row.script:
+        if not job.checkpoint.exists():
+            run_part(job, "training", training_command(job))
+            if not job.checkpoint.exists():
+                raise JobFailed(f"training ended before it wrote {job.checkpoint}")
+        remove_all_but(job.checkpoint)
     started = time.monotonic()
-    _run_part(args, "evaluation", evaluation_command(args, seed, row), folder / "log.txt")
-    predictions = predictions_file(args, seed, row)
-    if not predictions.exists():
-        raise RowFailed(f"evaluation ended without {predictions}")
+    run_part(job, "evaluation", evaluation_command(job))
+    if not job.predictions.exists():
+        raise JobFailed(f"evaluation ended before it wrote {job.predictions}")
     seconds = round(time.monotonic() - started, 1)
-    done = {"settings": own, "predictions_sha256": sha256(predictions), "evaluation_seconds": seconds}
-    write_text(folder / "row.json", json.dumps(done, indent=2) + "\n")
+    record |= {"predictions_sha256": sha256(job.predictions), "evaluation_seconds": seconds}
+    write_text(job.record, json.dumps(record, indent=2) + "\n")
 
 
-def _remove_all_but(checkpoint: Path) -> None:
-    """Remove a run's resume state, most of its size, its other checkpoints, and what an interrupted removal left."""
+def make_toy(job: Job) -> None:
+    """Make the toy's sounds and questions, and the base model of the job's seed, if they are missing."""
+    args, base = job.args, Path(job.base_model)
+    toy_model.make_world(Path(args.data).parent, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
+    if not base.exists():
+        torch.set_num_threads(1)  # as in the scripts: any number of cores gives the same base model
+        toy_model.make_base(load_questions(args.data), base, seed=job.seed)
+
+
+def run_part(job: Job, part: str, command: list[str]) -> None:
+    """Run the training or evaluation of a job. Raises JobFailed if its exit status is not 0."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if job.args.toy:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower on so small a model
+    status = run_command(command, job.log, environment)
+    if status:
+        raise JobFailed(f"{part} ended with exit status {status}")
+
+
+def remove_all_but(checkpoint: Path) -> None:
+    """Remove a run's resume state, its other checkpoints and the remains of interrupted removals."""
     run = checkpoint.parent
     for path in run.glob(f"*{UNFINISHED}"):
         remove(path)
@@ -151,152 +186,40 @@ def _remove_all_but(checkpoint: Path) -> None:
             remove(path)
 
 
-def _run_part(args: argparse.Namespace, part: str, command: list[str], log: Path) -> None:
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if args.toy:
-        environment.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other are slower on such a model
-    status = run_command(command, log, environment)
-    if status:
-        raise RowFailed(f"{part} ended with exit status {status}")
-
-
-def run_command(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run a command; what it prints goes to the terminal and is added to `log`. Returns its exit status.
-
-    When this process is interrupted, the command gets a SIGTERM, upon which a training saves, and is waited for; at
-    another Ctrl-C it is killed. Raises KeyboardInterrupt after either, and OSError at the end if the log can't be
-    written.
-    """
-    with open(log, "ab") as file:
-        file.write(f"\n$ {shlex.join(command)}\n".encode())
-        # In a session of its own: Ctrl-C reaches this process alone.
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            error = _copy_output(process, file)
-            status = process.wait()
-        except BaseException:
-            try:
-                process.terminate()
-                with suppress(OSError):  # a terminal that is gone
-                    print("\nstopping; what is running saves first (Ctrl-C again: stop at once)", flush=True)
-                _copy_output(process, file)
-                process.wait()
-            except BaseException:
-                _kill(process)
-            raise
-    if error:
-        raise error
-    return status
-
-
-def _copy_output(process: subprocess.Popen, log) -> OSError | None:
-    """Copy to the terminal as it comes and to the log line by line, of a progress bar only its last state.
-
-    Reads to the end, so that the process never waits, even when the terminal is gone or the log's disk is full.
-    Returns what the log could not be written for.
-    """
-    assert process.stdout is not None
-    line, error, chunk = b"", None, None
-    while chunk != b"":
-        chunk = os.read(process.stdout.fileno(), 65536)
-        with suppress(OSError):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
-        *lines, line = (line + chunk).split(b"\n")
-        line = line[line.rfind(b"\r", 0, -1) + 1 :]
-        try:
-            for text in lines:
-                log.write(text.rstrip(b"\r").rpartition(b"\r")[2] + b"\n")
-            log.write(b"" if chunk else line)
-            log.flush()
-        except OSError as failure:
-            error = failure
-    return error
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """Kill a command at once, and torchrun's workers, which have sessions of their own."""
-    groups = [process.pid]
-    with suppress(OSError):  # no /proc
-        groups += map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
-    for group in groups:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(group, signal.SIGKILL)
-    process.wait()
-
-
 # ---- the table ----
 
 
-def check_inputs(args: argparse.Namespace) -> None:
-    """Check the user's files, and that args.out holds no other table. Raises InputError."""
-    if args.toy:
-        identity = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
-    else:
-        check_model(args.model)
-        identity = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
-        for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
-            cache = None if args.dry_run else Path(args.out, CACHE)
-            identity |= {f"{name}_digest": digest(load_checked(path, folder, args.skip_bad_audio, cache).questions)}
-    path = Path(args.out) / "reproduce.json"
-    if not path.exists():
-        if not args.dry_run:
-            write_text(path, json.dumps(identity, indent=2) + "\n")
-        return
-    try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
-    different = [name for name in saved | identity if saved.get(name, "") != identity.get(name, "")]
-    if different:
-        listed = ", ".join(f"{name} {saved.get(name)} (now {identity.get(name)})" for name in different)
-        raise InputError(f"{args.out}: holds the rows of another table, {listed}; name another folder with --out")
-
-
-def make_start(args: argparse.Namespace, seed: int) -> None:
-    """The toy's sounds and questions, and the base model of a seed, where they are missing."""
-    world, base = Path(args.data).parent, Path(base_model(args, seed))
-    toy.make_world(world, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
-    if not base.exists():
-        torch.set_num_threads(1)  # as the scripts have it: the same base on any number of cores
-        toy.make_base(load_questions(args.data), base, seed=seed)
-
-
 def reproduce(args: argparse.Namespace) -> int:
-    """Run all rows that are not finished, and write the table after each. Returns the exit status."""
+    """Run all jobs that are not finished, and write the table after each. Return the exit status."""
     check_inputs(args)
-    todo = [(seed, row) for seed, row in jobs(args) if not is_finished(args, seed, row)]
-    print(f"{args.out}: {len(jobs(args)) - len(todo)} of {len(jobs(args))} rows are finished")
+    every = jobs(args)
+    todo = [job for job in every if not job.is_finished()]
+    print(f"{args.out}: {len(every) - len(todo)} of {len(every)} rows are finished")
     needed = disk_bytes(args, todo)
-    print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args, needed)}", flush=True)
+    print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args.out, needed)}", flush=True)
     if args.dry_run:
-        for seed, row in todo:
-            if row.script:
-                print(shlex.join(training_command(args, seed, row)))
-            print(shlex.join(evaluation_command(args, seed, row)))
+        for job in todo:
+            if job.row.script:
+                print(shlex.join(training_command(job)))
+            print(shlex.join(evaluation_command(job)))
         return 0
-    require_disk(args, needed)
+    require_disk(args.out, needed)
     failed = []
-    for number, (seed, row) in enumerate(todo, start=1):
-        print(f"\n==== {row.name}, seed {seed}: row {number} of {len(todo)}", flush=True)
+    for number, job in enumerate(todo, start=1):
+        print(f"\n==== {job}: row {number} of {len(todo)}", flush=True)
         started = time.monotonic()
         try:
-            if args.toy:
-                make_start(args, seed)
-            run_row(args, seed, row)
-        except RowFailed as error:
-            failed.append(f"{row.name} of seed {seed}: {error}; see {row_folder(args, seed, row) / 'log.txt'}")
+            run_job(job)
+        except JobFailed as error:
+            failed.append(f"{job}: {error}; see {job.log}")
             print(f"\nfailed: {failed[-1]}", flush=True)
             continue
-        write_report(args, finished_rows(args), picture=False)
-        print(f"\n{row.name}, seed {seed}: {duration(time.monotonic() - started)}", flush=True)
+        write_table(args, finished_jobs(args), picture=False)
+        print(f"\n{job}: {duration(time.monotonic() - started)}", flush=True)
         if todo[number:]:
-            print(f"the {len(todo) - number} rows after it: {time_text(args, todo[number:])}", flush=True)
-    finished = finished_rows(args)
-    table = write_report(args, finished, picture=True)
+            print(f"rows left: {len(todo) - number}; time: {time_text(args, todo[number:])}", flush=True)
+    finished = finished_jobs(args)
+    table = write_table(args, finished, picture=True)
     files = "table.md, table.png, results.json" if finished else "table.md, results.json"
     print(f"\n{table}\n{args.out}: {files}", flush=True)
     for reason in failed:
@@ -310,7 +233,7 @@ ENDINGS = (signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
 def interrupt(signum, frame):
-    """Upon the first SIGTERM or SIGHUP, stop as upon Ctrl-C. `timeout` sends more than one: those say no more."""
+    """Stop at the first SIGTERM or SIGHUP as at Ctrl-C. Later ones are ignored: `timeout` sends more than one."""
     for ending in ENDINGS:
         signal.signal(ending, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -319,11 +242,11 @@ def interrupt(signum, frame):
 def main() -> int:
     args = parse_args()
     for ending in ENDINGS:
-        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(ending, interrupt)
     try:
         return reproduce(args)
-    except (InputError, OSError) as error:  # OSError: a folder that cannot be written, a full disk
+    except (InputError, OSError) as error:  # OSError: a folder cannot be written or the disk is full
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

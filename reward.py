@@ -1,17 +1,18 @@
-"""Rewards for audio question answering: what a completion is worth, and how MMAU scores it.
+"""Rewards for audio question answering, and MMAU's scoring rule.
 
-Plain string functions, no torch. The two rewards are those of the paper (arXiv 2503.11197, section 2.2);
-`mmau_match` is the scoring rule of the MMAU benchmark (arXiv 2410.19168).
+Plain functions of strings, no torch. REWARDS is the table of rewards: a function and an entry add another one. The two
+rewards are those of the paper (arXiv 2503.11197, section 2.2). `mmau_match` is the scoring rule of the MMAU benchmark
+(arXiv 2410.19168). Training rewards an exact answer; evaluations score by MMAU's rule, which forgives other words.
 """
 
 import re
 
 
 def extract_answer(completion: str) -> str | None:
-    """The stripped text of the first <answer>...</answer>, or None if there is none.
+    """Return the stripped text of the first <answer>...</answer>, or None if there is none.
 
-    As in the paper's code, opening and closing tag have to stand on one line: there `.` does not match a newline.
-    Looking line by line says the same as that regular expression and stays linear in the length of the text.
+    As in the paper's code, both tags have to stand on one line: the `.` of its expression for answers does not match a
+    newline. Searching line by line gives the same result, in time linear in the length of the text.
     """
     for line in completion.split("\n"):
         _, opened, rest = line.partition("<answer>")
@@ -21,26 +22,29 @@ def extract_answer(completion: str) -> str | None:
     return None
 
 
-def accuracy_reward(completion: str, answer: str) -> float:
-    """1.0 if the prediction is exactly `answer`, else 0.0.
-
-    The paper's code also tries a symbolic comparison of formulas first (math_verify); audio questions have none.
-    """
-    return float(prediction(completion) == answer.strip())
-
-
 def prediction(completion: str) -> str:
-    """What a completion answers: its extracted answer, or the whole stripped text where nothing is tagged."""
+    """Return what a completion answers: the extracted answer, or the whole stripped text if there is none."""
     extracted = extract_answer(completion)
     return completion.strip() if extracted is None else extracted
 
 
-def format_reward(completion: str, template: str) -> float:
-    """1.0 if the whole completion has the form that the prompt template asks for, else 0.0.
+def accuracy_reward(completion: str, answer: str) -> float:
+    """Return 1.0 if the prediction is exactly `answer`, else 0.0.
 
-    answer: <answer>...</answer>; think: <think>...</think>, optional white space, <answer>...</answer>;
-    direct: asks for no form, so every completion has it and the reward is a constant that no advantage sees.
-    Anything may stand inside the tags, newlines and further tags too, as with the paper's `.*?` and DOTALL.
+    The paper's code also calls math_verify, which compares formulas. It is left out here: on the questions of MMAU and
+    MMAR it rewards 15 wrong choices ("1:3" for "1:1") and no right choice that the exact comparison misses.
+    """
+    return float(prediction(completion) == answer.strip())
+
+
+def format_reward(completion: str, template: str) -> float:
+    """Return 1.0 if the whole completion has the form that the prompt template asks for, else 0.0.
+
+    answer: <answer>...</answer>
+    think:  <think>...</think>, optional white space, <answer>...</answer>
+    direct: no form is asked for; the reward is always 1.0, so it does not change any advantage
+
+    Anything may stand inside the tags, newlines and further tags too, as in the paper's expressions for formats.
     """
     if template == "direct":
         return 1.0
@@ -53,18 +57,29 @@ def format_reward(completion: str, template: str) -> float:
 
 
 def _enclosed(text: str, opening: str) -> str | None:
-    """What stands between `opening` at the very start and </answer> at the very end of the text, or None."""
+    """Return the text between `opening` at the very start and </answer> at the very end, or None."""
     if not (text.startswith(opening) and text.endswith("</answer>")):
         return None
     return text[len(opening) : -len("</answer>")]
 
 
-def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
-    """MMAU's rule: whether `prediction` names `answer` and none of the other choices.
+# Each reward is a function of (completion, answer, template) that returns a number. --reward_weights chooses and weighs
+# them by name. Metrics, curves, completions.jsonl, explain.py and the progress bar take the names from here.
+REWARDS = {
+    "accuracy": lambda completion, answer, template: accuracy_reward(completion, answer),
+    "format": lambda completion, answer, template: format_reward(completion, template),
+}
 
-    Texts are compared as sets of lower-cased words (\\w+). The prediction must hold every word of the answer and no
-    word that only wrong choices have. A choice with the same words as the answer is not a wrong one. A prediction
-    without a single word is wrong.
+
+# ---- scoring ----
+
+
+def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
+    """Return whether `prediction` is right by MMAU's rule: it names `answer` and none of the other choices.
+
+    The rule compares sets of lower-cased words. The prediction must contain every word of the answer, and no word that
+    only wrong choices have. A choice with the same words as the answer does not count as wrong. A prediction without
+    words is wrong.
     """
     said, right = _words(prediction), _words(answer)
     wrong_only = set().union(*map(_words, choices)) - right
@@ -72,7 +87,7 @@ def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
 
 
 def guessing(all_choices: list[list[str]]) -> float:
-    """The accuracy that random guessing is expected to reach, from the choices of each question."""
+    """Return the expected accuracy of random guessing, given the choices of each question."""
     return sum(1 / len(choices) for choices in all_choices) / len(all_choices)
 
 

@@ -1,71 +1,60 @@
 """Supervised fine-tuning for audio question answering: the baseline that GRPO is compared with.
 
-The same questions, prompts, processes, optimizer, checkpoints and metrics as grpo_aqa.py, from training.py. One step:
+Questions, prompts, ranks, optimizer, checkpoints and metrics are those of grpo_aqa.py. One step:
 
-    take B questions                       data.py        prompts, with audio
-    their right answers as completions     data.py        <answer>...</answer> and the end of the turn, [B, T]
-    log-probs of the policy                policy.py      [B, T]
-    mean of -log-prob over target tokens   here           scalar
-    backward, average over ranks           here
-    AdamW                                  optimizer.py
+    1. take B questions with their clips               data.py         ids [B, P], mel [B, mels, F]
+    2. their right answers as completions              data.py         <answer>...</answer>, end of turn: [B, T]
+    3. log-probs of the policy                         policy.py       [B, T]
+    4. mean of -log-prob over target tokens, backward  here            scalar
+    5. clip the gradient, AdamW                        training/       weights
 
-    python sft_aqa.py                                  the toy, on a CPU
+    python sft_aqa.py                     the toy, on a CPU
     torchrun --nproc_per_node 8 sft_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
-        --audio_dir data/AVQA/wavs
+        --audio_dir data/AVQA/wavs --skip_bad_audio
 
-Shapes: B questions per rank, T target tokens.
+Shapes: B questions per rank, P prompt tokens, T target tokens, F mel frames.
 """
 
 import argparse
 import sys
 from contextlib import nullcontext
+from functools import partial
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from data import target_text
-from lora import dropout_on
-from policy import Prompt, encode_targets, slice_prompt
-from runtime import mean_length
-from training import (
-    Run,
-    finish,
-    load_policy_to_train,
-    parse_settings,
-    progress_bar,
-    record_step,
-    run_training,
-    save_if_due,
-    shared_settings,
-    start,
-    steps_to_take,
-    update,
-)
+from data import step_indices, target_text
+from infra.processes import mean_length
+from model.lora import dropout_on
+from model.qwen2_audio import Prompt, slice_prompt
+from policy import data_parallel, encode_targets
+from training.optimizer import ShardedAdamW, clip_scale
+from training.run import Run, run_training
+from training.settings import TOY, TOY_LR, parse_settings, shared_settings
 
 # ---- the algorithm ----
 
 
 def sft_loss(logprobs: Tensor, mask: Tensor, length: float) -> Tensor:
-    """The cross-entropy of target tokens, in nats. logprobs, mask: [N, T].
+    """Compute the cross-entropy of target tokens in nats. logprobs, mask: [N, T].
 
-    `length` is the mean number of target tokens over all that is averaged, of other parts and ranks too: so each token
-    counts alike, wherever it is.
+    length: mean number of target tokens over all parts and ranks of the step, so that every token weighs the same.
     """
-    return -(logprobs.masked_fill(~mask, 0).sum(dim=1) / length).mean()
+    return -(logprobs.masked_fill(~mask, 0).sum(dim=1) / length).mean()  # [N, T] -> [N] -> scalar
 
 
 def accumulate_gradients(
     ddp_policy: DistributedDataParallel, parts: list[tuple[Prompt, Tensor, Tensor]], length: float
 ) -> dict[str, float]:
-    """Backward through the loss of equally many questions at a time. Returns the mean loss and entropy.
+    """Run log-probs, loss and backward for parts of equal size, one after the other. Return mean loss and entropy.
 
-    parts: prompts, targets and mask as completion_logprobs takes them. Leaves in the parameters the gradient of the
-    mean loss over the target tokens of all parts and ranks.
+    parts: prompts, targets and mask, as completion_logprobs takes them. Leaves the gradient of the mean loss over the
+    target tokens of all parts and ranks in the parameters.
     """
     metrics = {"loss": 0.0, "entropy": 0.0}
     for part in parts:
-        with nullcontext() if part is parts[-1] else ddp_policy.no_sync():  # one exchange, with the last part
+        with nullcontext() if part is parts[-1] else ddp_policy.no_sync():  # ranks average once, in the last backward
             logprobs, entropy = ddp_policy(*part, 1.0)
             loss = sft_loss(logprobs, part[-1], length)
             (loss / len(parts)).backward()
@@ -74,51 +63,61 @@ def accumulate_gradients(
     return metrics
 
 
-def train(args: argparse.Namespace, run: Run, device: torch.device) -> None:
-    """The whole run: load, score, loop over steps, save, score again."""
-    policy, processor = load_policy_to_train(args, device)
-    learner = start(args, run, policy, processor, device)
-    bar = progress_bar(args, learner, "SFT")
+# ---- the loop ----
 
-    # 1. Questions: this rank's share of the step's batch, B of them.
-    for step, lr, batch, prompt, clock in steps_to_take(args, run, learner, device):
-        # 2. Their answers, [B, T], in equal parts: one forward and backward each (gradient accumulation).
-        texts = [target_text(question.known_answer, args.template) for question in batch]
-        targets, mask = (tensor.to(device) for tensor in encode_targets(processor, texts))
+
+def train(args: argparse.Namespace, run: Run) -> None:
+    """Fine-tune the policy on the right answers. `run` does what is not the algorithm, as in grpo_aqa.train."""
+    # Policy, gradients averaged over the ranks, optimizer.
+    policy, processor = run.load_policy()
+    ddp_policy = data_parallel(policy, run.first_prompt(), run.recompute_layers)
+    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+
+    # The data order: GRPO's.
+    order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),
+                    seed=args.seed)  # fmt: skip
+    run.start(optimizer, order)
+
+    for step in run.steps():
+        lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
+
+        # 1. Questions: B of them, this rank's share of the step.
+        questions, prompt = run.next_batch()
+
+        # 2. Their right answers, [B, T], split into equal parts (gradient accumulation).
+        texts = [target_text(question.known_answer, args.template) for question in questions]
+        targets, mask = (tensor.to(run.device) for tensor in encode_targets(processor, texts))
         size = args.prompts_per_rank // args.accumulation_steps
         starts = range(0, args.prompts_per_rank, size)
         parts = [(slice_prompt(prompt, i, i + size), targets[i : i + size], mask[i : i + size]) for i in starts]
 
-        # 3. The gradient of the mean over all target tokens of the step, and the update.
+        # 3. and 4. Log-probs, loss, backward.
         length = mean_length(mask)
-        with clock("train"), dropout_on(policy):
-            metrics = accumulate_gradients(learner.ddp_policy, parts, length)
-        with clock("update"):
-            metrics["grad_norm"] = update(args, learner, step, lr, metrics["loss"])  # clips the gradient first
+        with run.clock("train"), dropout_on(policy):
+            metrics = accumulate_gradients(ddp_policy, parts, length)
 
-        # 4. Metrics, checkpoint, resume state.
-        metrics["completion_tokens"] = length
-        metrics, stopping = record_step(args, learner, step, lr, metrics, clock)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", **{"s/step": f"{metrics['seconds']:.2f}"})
-        bar.update()
-        save_if_due(args, learner, step, stopping)
-        if stopping:
-            break
+        # 5. Clip the gradient to a global norm, and take a step of AdamW.
+        with run.clock("update"):
+            grad_norm = optimizer.grad_norm()
+            run.require_finite(metrics["loss"], grad_norm)
+            optimizer.step(lr, clip_scale(grad_norm, args.max_grad_norm))
 
-    bar.close()
-    finish(args, run, learner, "SFT")
+        # Metrics, checkpoint, resume state.
+        metrics |= {"grad_norm": grad_norm, "completion_tokens": length}
+        run.record(lr, metrics, shown=["loss", "seconds"])
+        run.save_if_due()
+    run.finish()
 
 
 # ---- command line ----
 
 DEFAULTS = dict(out="runs/<model's name>_sft", lr=1e-5)
-# Without --model, these take their place. The toy's base model and questions are GRPO's.
-TOY = dict(out="runs/toy_sft", steps=360, accumulation_steps=1, max_new_tokens=32, lr=1e-3, dtype="float32")
+TOY_DEFAULTS = TOY | dict(out="runs/toy_sft", lr=TOY_LR["sft_aqa.py"])  # in their place without --model
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = shared_settings("Train Qwen2-Audio on audio questions by supervised fine-tuning.", DEFAULTS, TOY)
-    args = parse_settings(parser, argv, DEFAULTS, TOY)
+    parser = shared_settings("Fine-tune Qwen2-Audio on the right answers to audio questions.", DEFAULTS, TOY_DEFAULTS)
+    args = parse_settings(parser, argv, DEFAULTS, TOY_DEFAULTS)
     if args.template == "think":
         parser.error("--template think has no targets: question files hold answers without thoughts")
     return args

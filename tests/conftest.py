@@ -5,13 +5,13 @@ import pytest
 import soundfile
 import torch
 import torch.distributed as dist
-from evaluation import arguments, evaluate, make_home
+from eval_runs import arguments, evaluate, make_home
 from forked import Forker
 from training_runs import make_runs
 
-import runtime
-import toy
 from data import Question
+from infra import processes
+from training import toy_model
 
 torch.set_num_threads(1)  # two cores that wait for each other are slower on tensors this small
 
@@ -33,7 +33,7 @@ def questions(tmp_path_factory) -> list[Question]:
 @pytest.fixture(scope="session")
 def tiny(questions):
     """(model, processor): random weights, float64 so that two ways of computing agree to many digits."""
-    model, processor = toy.make_model(questions, seconds=2, seed=0)
+    model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     return model.double(), processor
 
 
@@ -53,7 +53,7 @@ def exact(monkeypatch):
 @pytest.fixture
 def one_process(monkeypatch):
     """This process as a group of its own."""
-    monkeypatch.setattr(runtime, "_patient_group", None)
+    monkeypatch.setattr(processes, "_patient_group", None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

@@ -1,21 +1,21 @@
-"""Does the model listen? The same questions with silence, with other clips and with shuffled choices."""
+"""Ablations: the same questions with silence, with other clips and with shuffled choices."""
 
 import shutil
 from collections import Counter
 
 import pytest
 import soundfile
-from evaluation import QUESTIONS, answers_in, arguments, evaluate
+from eval_runs import QUESTIONS, answers_in, arguments, evaluate
 
-import ablations
 import policy
-import runtime
 from data import Question, load_questions
+from evaluation import ablations
+from model import checkpoints
 
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The (question, silence) that are encoded."""
+    """(question, silence) of each encoded prompt."""
     seen, original = [], policy.encode_prompts
 
     def encode(processor, questions, template, silence=False):
@@ -26,9 +26,9 @@ def asked(monkeypatch):
     return seen
 
 
-def test_ablations_are_one_load_and_four_files(mmau, clean, tmp_path, monkeypatch, asked, capsys):
-    loads, original = [], runtime.load_policy
-    monkeypatch.setattr(runtime, "load_policy", lambda *args: loads.append(1) or original(*args))
+def test_ablations_load_the_model_once_and_write_four_files(mmau, clean, tmp_path, monkeypatch, asked, capsys):
+    loads, original = [], checkpoints.load_policy
+    monkeypatch.setattr(checkpoints, "load_policy", lambda *args: loads.append(1) or original(*args))
     out = tmp_path / "out.json"
     assert evaluate(*arguments(mmau, out, "--ablations", "--seed", 5)) == 0
     assert len(loads) == 1 and out.read_bytes() == clean.read_bytes()
@@ -54,7 +54,7 @@ def test_ablations_are_one_load_and_four_files(mmau, clean, tmp_path, monkeypatc
     del loads[:]
     assert evaluate(*arguments(mmau, out, "--ablations", "--seed", 5)) == 0 and loads == []
 
-    # Clips of the same names and sizes, and another sound in one of them.
+    # Clips of the same names and sizes, but one of them has another sound.
     shutil.copytree(mmau / "test-mini-audios", tmp_path / "test-mini-audios")
     flags = arguments(mmau, out, "--ablations", "--seed", 5, "--audio_dir", tmp_path)
     assert evaluate(*flags) == 0 and loads == []
@@ -64,7 +64,7 @@ def test_ablations_are_one_load_and_four_files(mmau, clean, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("clips", ["abcdefgh", "aabbccdd", "aaabbccd", "aaaabcde", "ab", "aabb", "abbcccdddd"])
-def test_nobody_keeps_the_own_clip(clips):
+def test_no_question_keeps_its_clip(clips):
     questions = [Question(str(i), clip, "", ["x", "y"], "x") for i, clip in enumerate(clips)]
     outcomes = set()
     for seed in range(20):
@@ -77,14 +77,23 @@ def test_nobody_keeps_the_own_clip(clips):
     assert len(outcomes) > 5 or len(clips) <= 4
 
 
-def test_a_clip_of_most_questions_is_kept_by_few():
-    """Of six questions about a and two others, four must keep a."""
+def test_a_clip_of_most_questions_is_kept_by_as_few_as_possible():
+    """Six questions share clip a and two have others: four of the six must keep a."""
     questions = [Question(str(i), clip, "", ["x", "y"], "x") for i, clip in enumerate("aaaaaabc")]
     exchanged = ablations.exchange_clips(questions, 0)
     assert sum(q.audio == p.audio for q, p in zip(exchanged, questions)) == 4
     assert ablations.exchange_clips([], 0) == []
 
 
-def test_clips_cannot_be_exchanged_where_there_is_one(mmau, tmp_path, capsys):
+def test_a_single_clip_cannot_be_exchanged(mmau, tmp_path, capsys):
     assert evaluate(*arguments(mmau, tmp_path / "out.json", "--shuffle_audio", "--limit", 1)) == 1
     assert "more than one clip" in capsys.readouterr().err
+
+
+def test_names_and_notes_tell_how_questions_were_changed():
+    plain = {"silence": False, "shuffle_audio": False, "shuffle_choices": None}
+    assert ablations.suffix(plain) == ablations.note(plain) == ""
+    assert ablations.suffix(plain | {"silence": True}) == "_silence"
+    both = plain | {"shuffle_audio": True, "shuffle_choices": 0}
+    assert ablations.suffix(both) == "_shuffled_audio_shuffled_choices"
+    assert ablations.note(both) == "; the clips were those of other questions; the choices were in another order"

@@ -1,23 +1,19 @@
-"""Batches of questions through the model: each gets the answer that it would get alone, and keeps it."""
+"""Answer questions in batches: each question gets the answer that it would get alone."""
 
 import random
-from pathlib import Path
 
-import pytest
 import torch
-from evaluation import QUESTIONS
+from eval_runs import QUESTIONS
 
-import answering
 import policy
 from data import load_questions
-from errors import InputError
-
-# ---- batches ----
+from evaluation import answering
+from model.checkpoints import load_policy
 
 
 def test_answers_equal_those_one_by_one(mmau):
-    """Whatever their order: with the sampler alone, a batch of one after the other."""
-    model, processor = policy.load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
+    """In any order of the questions. Expected: the sampler alone, with one question after the other."""
+    model, processor = load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
     questions = load_questions(str(mmau / "mmau.json"))
     expected = []
     for question in questions:
@@ -30,10 +26,10 @@ def test_answers_equal_those_one_by_one(mmau):
     assert answering.answer_questions(model, processor, asked, "think", 8, 6) == [[expected[i]] for i in order]
 
 
-def test_similar_lengths_are_together(mmau):
-    """Hardly any padding, by the true lengths of the prompts; the longest first."""
+def test_batches_hold_similar_lengths(mmau):
+    """There is hardly any padding, by the true lengths of the prompts, and the longest come first."""
     questions = load_questions(str(mmau / "mmau.json"))
-    _, processor = policy.load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
+    _, processor = load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
     tokens = [policy.encode_prompts(processor, [question], "answer")["input_ids"].shape[1] for question in questions]
     groups = answering.similar_lengths(processor, questions, "answer", 4)
     assert sorted(i for group in groups for i in group) == list(range(QUESTIONS))
@@ -44,29 +40,14 @@ def test_similar_lengths_are_together(mmau):
     assert max(tokens) in [tokens[i] for i in groups[0]] and min(tokens) in [tokens[i] for i in groups[-1]]
 
 
-# ---- the journal ----
-
-
-def test_a_full_disk_is_said_with_the_file_and_what_to_do(tmp_path):
-    (tmp_path / "j").symlink_to("/dev/full")
-    with pytest.raises(InputError, match=f"^{tmp_path}/j: could not be written .*the same command continues"):
-        answering.append_journal(str(tmp_path / "j"), {3: ["x"]})
-
-
-TORN = {"at its end": b'{"question": 2, "comp', "by a crash": b'\0\0\0\n{"question": 2, "completions": ["z"]}\n'}
-
-
-@pytest.mark.parametrize("tail", [b"", *TORN.values()], ids=["nowhere", *TORN])
-def test_a_journal_is_cut_where_it_is_torn(tmp_path, tail):
-    path, settings = str(tmp_path / "j"), {"seed": 1, "data": ["ü", None]}
-    assert answering.read_journal(path, settings, 4, 2) == {}
-    answering.append_journal(path, {3: ["a\nü", "\ufffd"], 0: ["", "x"]})
-    whole = Path(path).read_bytes()
-    with open(path, "ab") as file:
-        file.write(tail)
-    assert answering.read_journal(path, settings, 4, 2) == {3: ["a\nü", "\ufffd"], 0: ["", "x"]}
-    assert Path(path).read_bytes() == whole
-    Path(path).write_bytes(whole[:10])  # torn in its first line
-    assert (
-        answering.read_journal(path, settings, 4, 2) == {} and Path(path).read_bytes() == whole.split(b"\n")[0] + b"\n"
+def test_check_batching_counts_differences(mmau, monkeypatch):
+    """Whole completions may differ where the predictions are the same."""
+    answers = {2: [["a"], ["b"], ["c"]], 1: [["other"], ["b "], ["c"]]}  # by batch size
+    monkeypatch.setattr(answering, "answer_questions", lambda *_, batch_size, **options: answers[batch_size])
+    model, _ = load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
+    questions = load_questions(str(mmau / "mmau.json"))[:3]
+    counts, named = answering.check_batching(model, None, questions, 2).splitlines()
+    assert counts == (
+        "3 questions in batches of 2 and one by one, float32 on cpu: 1 predictions differ, 2 whole completions"
     )
+    assert named == "different predictions: id-0"

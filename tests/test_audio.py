@@ -1,4 +1,4 @@
-"""Clips: resampling, channels, kinds of files, what cannot be one, real recordings."""
+"""Clips: resampling, channels, file formats, bad clips, real recordings."""
 
 from pathlib import Path
 
@@ -7,24 +7,24 @@ import pytest
 import soundfile
 
 import data
-from audio import load_audio
 from data import load_questions
-from errors import InputError
+from infra.audio import load_audio
+from infra.errors import InputError
 
 REAL_SOUNDS = Path(__file__).resolve().parents[2] / "shared" / "real_sounds"
 
 
-def test_data_has_it_too():
+def test_data_has_load_audio_too():
     assert data.load_audio is load_audio
 
 
 def tone(frequency, rate, amplitude=0.9):
-    """One second of a sine."""
+    """Make one second of a sine."""
     return amplitude * np.sin(2 * np.pi * frequency * np.arange(rate) / rate)
 
 
 def spectrum(audio):
-    """Amplitude by frequency; one second at 16 kHz has a bin per Hz."""
+    """Return the amplitude of each frequency. One second at 16 kHz has one bin per Hz."""
     window = np.hanning(len(audio))
     return 2 * np.abs(np.fft.rfft(audio * window)) / window.sum()
 
@@ -32,7 +32,7 @@ def spectrum(audio):
 @pytest.mark.parametrize("rate", [5_000, 8_000, 11_025, 16_000, 22_050, 44_100, 48_000])
 @pytest.mark.parametrize("share", [0.02, 0.25, 0.42], ids=["low", "middle", "high"])
 def test_resampling(tmp_path, rate, share):
-    """A tone keeps frequency and amplitude, and everything else stays 60 dB below full scale."""
+    """A tone keeps its frequency and amplitude. Everything else stays 60 dB below full scale."""
     frequency = int(share * min(rate, 16_000))
     soundfile.write(tmp_path / "a.wav", tone(frequency, rate), rate, "FLOAT")
     audio = load_audio(str(tmp_path / "a.wav"))
@@ -65,7 +65,7 @@ LOSSY = [("a.ogg", "VORBIS", 0.02), ("a.mp3", "MPEG_LAYER_III", 0.02)]
 
 @pytest.mark.parametrize("name, subtype, tolerance", LOSSLESS + LOSSY)
 def test_file_formats(tmp_path, name, subtype, tolerance):
-    """Every kind of file reads as the float WAV does, up to its own precision."""
+    """Every file format gives the samples of the float WAV, within its own precision."""
     if name.endswith(".mp3") and "MP3" not in soundfile.available_formats():
         pytest.skip("this libsndfile cannot write MP3")
     stereo = np.stack([tone(500, 44_100, 0.5), tone(3_000, 44_100, 0.5)], axis=1)
@@ -94,7 +94,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_is_no_clip_is_one_line_that_names_it(tmp_path, case):
+def test_a_bad_clip_is_one_line_that_names_it(tmp_path, case):
     content, named = BAD[case]
     path = tmp_path / ("a.raw" if case == "raw samples" else "a.wav")
     if isinstance(content, bytes):
@@ -108,7 +108,7 @@ def test_what_is_no_clip_is_one_line_that_names_it(tmp_path, case):
 
 @pytest.mark.parametrize("file, number", [("train_r1aqa.jsonl", 89), ("test_mmau.json", 44)])
 def test_real_recordings(file, number):
-    """Real recordings of many rates, mono and stereo, go through."""
+    """Real recordings of many rates, mono and stereo, can be loaded."""
     if not REAL_SOUNDS.is_dir():
         pytest.skip("no real recordings next to this checkout")
     questions = load_questions(str(REAL_SOUNDS / file))

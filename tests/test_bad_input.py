@@ -15,7 +15,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-import toy
+from training import toy_model
 
 TRAIN = ["grpo_aqa.py", "--steps", "1", "--max_new_tokens", "4", "--accumulation_steps", "1"]
 PLAIN = {"audio": "good.wav", "question": "What is it?", "choices": ["rain", "a bell"], "answer": "rain"}
@@ -37,8 +37,8 @@ QUESTION_FILES = {
     "a folder": (Path.mkdir, "questions.jsonl: is a folder"),
     "a named pipe": (os.mkfifo, "questions.jsonl: is a named pipe"),
     "a broken link": (lambda path: path.symlink_to("nowhere"), "questions.jsonl: is a broken link"),
-    "empty": ("", "questions.jsonl: holds no questions"),
-    "an empty list": ("[]", "questions.jsonl: holds no questions"),
+    "empty": ("", "questions.jsonl: has no questions"),
+    "an empty list": ("[]", "questions.jsonl: has no questions"),
     "a byte-order mark within": (f"{GOOD}\n\ufeff{GOOD}", LINE + "not valid JSON"),
     "UTF-16": (GOOD.encode("utf-16"), "questions.jsonl: cannot be read as UTF-8 text"),
     "Latin-1": (GOOD.replace("rain", "pluie d'été").encode("latin-1"), "cannot be read as UTF-8 text"),
@@ -49,15 +49,15 @@ QUESTION_FILES = {
     "nested too deeply": (f"{GOOD}\n" + "[" * 100_000, LINE + "not valid JSON (nested too deeply)"),
     "a number of 5,000 digits": (f'{GOOD}\n{{"id": {"1" * 5000}}}', LINE + "not valid JSON"),
     "fields of another format": (f'{GOOD}\n{{"sound": 1}}', LINE + "not a question"),
-    "duplicate ids": (changed(PLAIN, id=7) + "\n" + changed(PLAIN, id=7), LINE + "has the id '7', as"),
+    "duplicate ids": (changed(PLAIN, id=7) + "\n" + changed(PLAIN, id=7), LINE + "has the id '7', the same as"),
     "index out of range": (f"{GOOD}\n{changed(R1_AQA, answer=2)}", LINE + "answer must be the index"),
     "index is a boolean": (f"{GOOD}\n{changed(R1_AQA, answer=True)}", LINE + "answer must be the index"),
     "index is a float": (f"{GOOD}\n{changed(R1_AQA, answer=1.0)}", LINE + "answer must be the index"),
     "choices are a text": (f"{GOOD}\n{changed(PLAIN, choices='rain')}", LINE + "choices must be a list"),
     "no choices": (f"{GOOD}\n{changed(PLAIN, choices=[])}", LINE + "choices must be a list"),
     "one choice": (f"{GOOD}\n{changed(PLAIN, choices=['rain'])}", LINE + "choices must be a list"),
-    "answer in other case": (f"{GOOD}\n{changed(PLAIN, answer='Rain')}", "'rain' differs in case or space alone"),
-    "answer in other space": (f"{GOOD}\n{changed(PLAIN, answer='a bell ')}", "'a bell' differs in case or space alone"),
+    "answer in other case": (f"{GOOD}\n{changed(PLAIN, answer='Rain')}", "'rain' differs only in case or spaces"),
+    "answer in other space": (f"{GOOD}\n{changed(PLAIN, answer='a bell ')}", "'a bell' differs only in case or spaces"),
     "answer withheld": (f"{GOOD}\n{changed(PLAIN, answer=None)}", LINE + "has no answer"),
     "an empty question": (f"{GOOD}\n{changed(PLAIN, question=' ')}", LINE + "question must be a text"),
     "a question of 100,000 characters": (f"{GOOD}\n{changed(PLAIN, question='why? ' * 20_000)}", "model's context"),
@@ -65,8 +65,8 @@ QUESTION_FILES = {
         f"{GOOD}\n{changed(PLAIN, choices=['x'] * 700 + ['rain'])}",
         "context of 2048",
     ),
-    "half of a character": (f"{GOOD}\n{changed(PLAIN, question=chr(0xD800))}", LINE + "holds half of a character"),
-    "a second clip in the question": (f"{GOOD}\n{changed(PLAIN, question='<|AUDIO|>?')}", LINE + "holds <|AUDIO|>"),
+    "half of a character": (f"{GOOD}\n{changed(PLAIN, question=chr(0xD800))}", LINE + "has half of a character"),
+    "a second clip in the question": (f"{GOOD}\n{changed(PLAIN, question='<|AUDIO|>?')}", LINE + "has <|AUDIO|>"),
     "audio_id leaves its folder": (f"{GOOD}\n{changed(MMAU, audio_id='../good.wav')}", LINE + "audio_id '../good.wav'"),
 }
 
@@ -97,12 +97,12 @@ CLIPS = {
     "an MP3 cut off": ("x.mp3", cut("a.mp3", 0.7), "was cut off"),
     "an Ogg cut off": ("x.ogg", cut("a.ogg", 0.7), "was cut off"),
     "damaged within": ("x.flac", None, "cannot be read as audio"),  # made below; its header and end are good
-    "0 samples": ("x.wav", (np.zeros(0), 16_000), "holds 0 ms"),
-    "5 ms": ("x.wav", (LOUD[:80], 16_000), "holds 5 ms"),
+    "0 samples": ("x.wav", (np.zeros(0), 16_000), "has 0 ms"),
+    "5 ms": ("x.wav", (LOUD[:80], 16_000), "has 5 ms"),
     "one hour": ("x.wav", (np.tile(LOUD, 75), 1_000), "lasts 3600 s"),
     "NaN samples": ("x.wav", (np.where(np.arange(48_000) == 9, np.nan, LOUD), 16_000), "NaN or infinite"),
     "infinite samples": ("x.wav", (np.where(np.arange(48_000) == 9, np.inf, LOUD), 16_000), "NaN or infinite"),
-    "samples of 1e30": ("x.wav", (LOUD * 1e31, 16_000), "where full scale is 1"),
+    "samples of 1e30": ("x.wav", (LOUD * 1e31, 16_000), "but full scale is 1"),
     "silence": ("x.wav", (0 * LOUD, 16_000), "absolute silence"),
     "8 channels": ("x.wav", (np.stack(8 * [LOUD], axis=1), 16_000), "8 channels"),
     "192 kHz": ("x.wav", (LOUD, 192_000), "192000 Hz"),
@@ -117,8 +117,8 @@ OTHERS = {
     "a model folder without config.json": ([*TRAIN, *DATA, "--model", "empty"], "empty: not a model folder"),
     "a config.json cut off": ([*TRAIN, *DATA, "--model", "bad_config"], "bad_config: cannot be loaded"),
     "another kind of model": ([*TRAIN, *DATA, "--model", "qwen2"], "qwen2: cannot be loaded as a Qwen2-Audio model"),
-    "no weights": ([*TRAIN, *DATA, "--model", "weightless"], "weightless: holds no model.safetensors"),
-    "no weights to evaluate": ([*EVALUATE, "--ckpt", "weightless"], "weightless: holds no model.safetensors"),
+    "no weights": ([*TRAIN, *DATA, "--model", "weightless"], "weightless: has no model.safetensors"),
+    "no weights to evaluate": ([*EVALUATE, "--ckpt", "weightless"], "weightless: has no model.safetensors"),
     "a shard missing": ([*TRAIN, *DATA, "--model", "shard_missing"], "1 of 2 weight files are missing"),
     "a shard missing, evaluated": ([*EVALUATE, "--ckpt", "shard_missing"], "1 of 2 weight files are missing"),
     "a shard index cut off": ([*TRAIN, *DATA, "--model", "bad_index"], "model.safetensors.index.json: cannot be used"),
@@ -168,7 +168,7 @@ BAR = re.compile(r"\d+%\|.*\]$")
 
 def make_models(folder, questions):
     """A model folder `base`, and others in which one thing is wrong."""
-    model, processor = toy.make_model(questions, seconds=2, seed=0)
+    model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     for name in ("weightless", "pickled", "bad_config", "other_shape", "cut_off", "weight_missing", "bad_index"):

@@ -1,4 +1,4 @@
-"""The contact sheet: which clips are drawn, what is written beside them, and their spectrograms."""
+"""The contact sheet: which clips are drawn, the text above them, and their spectrograms."""
 
 from collections import Counter
 
@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from contact_sheet import bin_of, draw_contact_sheet, lines_of, log_mel, pick
 from data import Question, load_questions
-from errors import InputError
-from toy_world import KINDS, write_world
+from evaluation.contact_sheet import bin_of, draw_contact_sheet, lines_of, log_mel, pick
+from infra.errors import InputError
+from training.toy_world import KINDS, write_world
 
 
 def asked(text, answer="a", choices=("a", "b"), audio="x.wav"):
@@ -48,7 +48,7 @@ def test_a_tone_is_bright_where_the_axis_says(hertz, mel_bins):
 
 
 def test_log_mel_is_whispers_own_scale():
-    """log10 of the power, at most 8 below the loudest, (x + 4) / 4: ten times the amplitude adds 2 / 4."""
+    """The scale is (log10 of the power + 4) / 4, so ten times the amplitude adds 2 / 4."""
     noise = np.random.default_rng(0).normal(0, 0.01, 16_000).astype(np.float32)
     quiet, loud = log_mel(noise, 40), log_mel(10 * noise, 40)
     assert np.abs(loud - quiet - 0.5).max() < 1e-3
@@ -70,7 +70,7 @@ def test_lines_mark_the_right_answer_and_keep_it_among_many():
 
 
 def test_picture(questions, tmp_path):
-    """Texts and names that look like formulas do no harm, nor does a choice without text."""
+    """Texts and names that look like formulas are drawn as they are. A choice may be empty."""
     soundfile.write(tmp_path / "quiet$_$.wav", np.full(16_000, 1e-3), 16_000)
     odd = asked("costs $5 and $\\frac", "$", ["$", ""], str(tmp_path / "quiet$_$.wav"))
     path = tmp_path / "new" / "sheet.png"
@@ -78,6 +78,6 @@ def test_picture(questions, tmp_path):
     picture = matplotlib.image.imread(path)
     assert picture.shape[1] == 1760 and picture[:, :, :3].std() > 0.1
     assert [file.name for file in path.parent.iterdir()] == ["sheet.png"]
-    with pytest.raises(InputError, match="the picture cannot be written there"):
+    with pytest.raises(InputError, match="the picture cannot be written"):
         draw_contact_sheet(path.parent, [odd], 40, 30)
     assert [file.name for file in path.parent.parent.iterdir() if "unfinished" in file.name] == []

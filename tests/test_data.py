@@ -1,4 +1,4 @@
-"""Question files of every format, prompts, bad input, and the sharing of questions over ranks."""
+"""Question files of every format, prompts, bad input, and the questions of each rank."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio import load_audio
 from data import Question, build_prompt, load_questions, step_indices
-from errors import InputError
+from infra.audio import load_audio
+from infra.errors import InputError
 
 R1_AQA = {"id": 7, "video_name": "x", "video_id": 3, "question_text": "Which video sound is in the video?"}
 R1_AQA |= {"multi_choice": ["a dog", "it's"], "answer": 1, "question_relation": "Sound", "question_type": "Which"}
@@ -22,7 +22,7 @@ FORMATS = {"R1-AQA": R1_AQA, "AVQA": AVQA | {"id": 8}, "MMAU": MMAU, "plain": PL
 
 
 def changed(record: dict, **fields) -> str:
-    """The record as JSON with some fields changed; None leaves a field out."""
+    """Return the record as JSON with some fields changed. None removes a field."""
     return json.dumps({key: value for key, value in {**record, **fields}.items() if value is not None})
 
 
@@ -42,7 +42,7 @@ def load(folder, *lines, audio_dir=None):
 @pytest.mark.parametrize("name", ["q.json", "q.jsonl", "q.txt"])
 @pytest.mark.parametrize("as_list", [True, False], ids=["list", "lines"])
 def test_formats(tmp_path, name, as_list):
-    """All four formats, also mixed, as a JSON list or as lines whatever the file's suffix says."""
+    """All four formats, also mixed, as a JSON list or as lines, whatever the suffix of the file."""
     audio, path, choices = str(tmp_path / "a.wav"), str(tmp_path / name), ["a dog", "it's"]
     write_clip(tmp_path / "a.wav")
     lines = [json.dumps(record) for record in FORMATS.values()]
@@ -59,7 +59,7 @@ def test_formats(tmp_path, name, as_list):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_audio_paths(tmp_path, format):
-    """Relative to audio_dir, or else to the question file's folder."""
+    """They start from audio_dir, or else from the folder of the question file."""
     write_clip(tmp_path / "a.wav")
     write_clip(tmp_path / "clips" / "a.wav")
     line = json.dumps(FORMATS[format])
@@ -68,7 +68,7 @@ def test_audio_paths(tmp_path, format):
 
 
 def test_absolute_audio_and_relative_file(tmp_path, monkeypatch):
-    """An absolute audio path stays as it is; a question file may be named without any folder."""
+    """An absolute audio path stays as it is. A question file may be named without a folder."""
     write_clip(tmp_path / "a.wav")
     line = changed(PLAIN, audio=str(tmp_path / "a.wav"))
     assert load(tmp_path, line, json.dumps(PLAIN), audio_dir=str(tmp_path))[0].audio == str(tmp_path / "a.wav")
@@ -83,7 +83,7 @@ def test_absolute_audio_and_relative_file(tmp_path, monkeypatch):
     + [("a_b_000000", "a_b_0"), ("a_b_000120", "a_b_120"), ("no-second", "no-second"), ("no_second", "no_second")],
 )
 def test_avqa_audio(tmp_path, video_name, stem, suffix):
-    """A video's audio is found under either name and any suffix, and no other clip of the video is taken for it."""
+    """The audio of a video is found under both names and any suffix, and never mistaken for another clip."""
     for name in (f"{stem}1.wav", f"{stem}_3.wav", "-HG3Omg_89c_3.wav", "-HG3Omg_89c.wav"):
         write_clip(tmp_path / name)
     assert not Path(load(tmp_path, changed(AVQA, video_name=video_name))[0].audio).exists()
@@ -94,7 +94,7 @@ def test_avqa_audio(tmp_path, video_name, stem, suffix):
 @pytest.mark.parametrize("record", [MMAU, PLAIN], ids=["MMAU", "plain"])
 @pytest.mark.parametrize("withheld", [{"answer": None}, {"answer": ""}], ids=["no key", "empty"])
 def test_withheld_answer(tmp_path, record, withheld, capsys):
-    """MMAU withholds the answers of its big test set, by leaving them out or empty."""
+    """MMAU withholds the answers of its big test set: it leaves them out or empty."""
     write_clip(tmp_path / "a.wav")
     loaded = load(tmp_path, changed(record, **withheld), json.dumps(record | {"answer": None, "id": "other"}))
     assert [question.answer for question in loaded] == [None, None]
@@ -102,7 +102,7 @@ def test_withheld_answer(tmp_path, record, withheld, capsys):
 
 
 def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
-    """Kept as it is published, and counted in one printed line."""
+    """It is kept as published, and counted in one printed line."""
     write_clip(tmp_path / "a.wav")
     lines = [json.dumps(MMAU), changed(MMAU, answer="A dog", id=2), changed(MMAU, answer="a cat", id=3)]
     assert [question.answer for question in load(tmp_path, *lines)] == ["a dog", "A dog", "a cat"]
@@ -119,7 +119,7 @@ def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
     ],
 )
 def test_build_prompt(template, ending):
-    """The exact texts of the released checkpoints; braces in a question survive."""
+    """The exact texts of the released checkpoints. Braces in a question stay."""
     text = "Is {it} 100%? Please choose the answer from the following options: ['a', \"it's\"]."
     assert build_prompt(Question("0", "a.wav", "Is {it} 100%?", ["a", "it's"], "a"), template) == text + ending
 
@@ -168,10 +168,10 @@ BAD = {
     "answer is index 0": (changed(PLAIN, answer=0), [FILE, "line 1", "answer", "0"]),
     "no audio name": (changed(PLAIN, audio=7), [FILE, "line 1", "audio"]),
     "the same id twice": (f"{changed(MMAU)}\n{OK}\n{changed(MMAU)}", [FILE, "line 3", "'u-1'", "line 1"]),
-    "answer in other case": (changed(PLAIN, answer="It's"), [FILE, "line 1", '"It\'s"', "case or space alone"]),
+    "answer in other case": (changed(PLAIN, answer="It's"), [FILE, "line 1", '"It\'s"', "only in case or spaces"]),
     "answer in other space": (
         changed(PLAIN, answer="a  dog "),
-        [FILE, "line 1", "'a dog'", "case or space alone"],
+        [FILE, "line 1", "'a dog'", "only in case or spaces"],
     ),
     "half a character": (changed(PLAIN, question="\ud800?"), [FILE, "line 1", "half of a character"]),
     "half a character in an id": (changed(PLAIN, id="\ud800"), [FILE, "line 1", "half of a character"]),
@@ -211,7 +211,7 @@ def test_bad_input(tmp_path, case):
 
 
 def test_malformed_records_are_reported_together(tmp_path):
-    """How many of how many, and the first 20 in full."""
+    """The message has their number and the first 20 in full."""
     (tmp_path / FILE).write_text("\n".join([OK] + 25 * [changed(PLAIN, answer="z")] + [OK]))
     with pytest.raises(InputError) as error:
         load_questions(str(tmp_path / FILE))
@@ -228,7 +228,7 @@ def test_malformed_records_are_reported_together(tmp_path):
 
 
 def stream(number, steps, prompts, world_size, seed=0):
-    """What all ranks together train on, step by step."""
+    """Return the questions that all ranks together train on, step by step."""
     places = [(step * prompts * world_size, rank) for step in range(steps) for rank in range(world_size)]
     return [i for position, rank in places for i in step_indices(number, position, prompts, rank, seed)]
 
@@ -236,7 +236,7 @@ def stream(number, steps, prompts, world_size, seed=0):
 @pytest.mark.parametrize("number", [1, 5, 7, 12])
 @pytest.mark.parametrize("prompts, world_size", [(1, 1), (4, 1), (2, 2), (1, 3), (2, 8), (3, 5)])
 def test_every_question_once_an_epoch(number, prompts, world_size):
-    """Also where a step runs on into the next epoch, or is longer than an epoch."""
+    """Also if a step reaches into the next epoch, or is longer than an epoch."""
     indices = stream(number, 2 * number, prompts, world_size)
     assert len(indices) == 2 * number * prompts * world_size
     for start in range(0, len(indices), number):
@@ -249,7 +249,7 @@ def test_same_stream_for_any_number_of_ranks():
 
 
 def test_the_stream_goes_on_with_another_number_of_ranks():
-    """3 steps of 2 ranks with 2 prompts, then one rank with 3: no question is left out or doubled."""
+    """3 steps of 2 ranks with 2 prompts, then one rank with 3: no question is missing or used twice."""
     first = stream(7, 3, 2, 2)
     rest = [i for position in range(12, 21, 3) for i in step_indices(7, position, 3, 0, 0)]
     assert first + rest == stream(7, 21, 1, 1)
@@ -262,7 +262,7 @@ def test_every_seed_and_epoch_has_its_own_order():
 
 
 def test_step_indices_is_pure():
-    """A step's questions depend on nothing but the arguments, and the global generator is left alone."""
+    """The questions depend only on the arguments, and the global random generator is not used."""
     np.random.seed(0)
     before = step_indices(10, 24, 4, 1, 0)
     state = np.random.get_state()[1].copy()

@@ -1,4 +1,4 @@
-"""The decoder against transformers' forward, kept over many rollouts, and with its steps recorded and replayed."""
+"""The decoder against transformers' forward, kept for many rollouts, with its steps recorded and replayed."""
 
 import gc
 import weakref
@@ -8,8 +8,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-import decoding
-from decoding import GroupDecoder
+from model import decoding
+from model.decoding import GroupDecoder
 from policy import encode_prompts, prefill, sample_group, slice_prompt
 
 NO_STOP = [-1]
@@ -17,14 +17,14 @@ NO_STOP = [-1]
 
 @pytest.fixture(autouse=True)
 def few_slots(monkeypatch):
-    """So few that a dozen tokens fill several."""
+    """Use so few slots that a dozen tokens fill several multiples."""
     monkeypatch.setattr(decoding, "PROMPT_SLOTS", 8)
     monkeypatch.setattr(decoding, "COMPLETION_SLOTS", 4)
 
 
 @pytest.fixture
 def recordings(monkeypatch):
-    """Makes the CPU record steps as a GPU does, operation by operation with all numbers fixed; lists the recordings."""
+    """Make the CPU record steps as a GPU does, with all numbers fixed. Returns the list of recordings."""
     made = []
 
     def record(forward, pool):
@@ -38,7 +38,7 @@ def recordings(monkeypatch):
 
 
 def test_hidden_states_are_those_of_the_plain_forward(tiny, questions):
-    """Prompts of four lengths in one batch, two completions each, every token that is decoded."""
+    """For every token of two completions each of four prompts of different lengths."""
     model, processor = tiny
     prompt = encode_prompts(processor, questions, "answer")
     tokens = torch.randint(4, 60, (8, 11), generator=torch.Generator().manual_seed(0))
@@ -61,7 +61,7 @@ def test_hidden_states_are_those_of_the_plain_forward(tiny, questions):
 
 @pytest.mark.parametrize("prompt_slots", [8, 128])
 def test_a_kept_decoder_samples_what_a_new_one_does(tiny, questions, monkeypatch, prompt_slots):
-    """Prompts longer and shorter than before, in as many slots or in others, more and fewer of them."""
+    """For longer and shorter prompts than before, the same and other slots, more and fewer prompts."""
     monkeypatch.setattr(decoding, "PROMPT_SLOTS", prompt_slots)
     model, processor = tiny
     kept = GroupDecoder(model, group_size=3, max_new_tokens=10)
@@ -73,7 +73,7 @@ def test_a_kept_decoder_samples_what_a_new_one_does(tiny, questions, monkeypatch
 
 
 def test_replayed_steps_sample_what_fresh_ones_do(tiny, questions, recordings):
-    """Recorded once for each number of slots, and right for other tokens, other prompts and another rollout."""
+    """Each number of slots is recorded once, and is right for other tokens, prompts and rollouts."""
     model, processor = tiny
     prompt = encode_prompts(processor, questions[:2], "answer")
     decoder, counts = GroupDecoder(model, group_size=3, max_new_tokens=10), []
@@ -91,7 +91,7 @@ def test_replayed_steps_sample_what_fresh_ones_do(tiny, questions, recordings):
 
 @pytest.mark.parametrize("batches", [((2, 4), (0, 1)), ((0, 4), (0, 4))])
 def test_an_overflow_stays_in_its_rollout(tiny, questions, batches):
-    """What an earlier rollout left in slots that are masked now does not matter, not even if it is no number."""
+    """An earlier rollout's values in slots that are masked now do not matter, not even inf and NaN."""
     model, prompt = tiny[0], encode_prompts(tiny[1], questions, "answer")
     before, now = (slice_prompt(prompt, *batch) for batch in batches)
     decoder = GroupDecoder(model, group_size=2, max_new_tokens=8)
@@ -104,7 +104,7 @@ def test_an_overflow_stays_in_its_rollout(tiny, questions, batches):
 
 
 def test_memory_is_free_once_a_decoder_is_gone(tiny, questions):
-    """At once, not when Python next looks for cycles: it is gigabytes of a GPU."""
+    """At once, not at the next garbage collection: it is gigabytes of a GPU."""
     prompt = encode_prompts(tiny[1], questions[:1], "answer")
     decoder = GroupDecoder(tiny[0], group_size=2, max_new_tokens=8)
     gc.disable()
@@ -117,8 +117,8 @@ def test_memory_is_free_once_a_decoder_is_gone(tiny, questions):
         gc.enable()
 
 
-def test_weights_that_learn_are_used_by_recorded_steps(tiny, questions, recordings):
-    """Updates in place, as the optimizer makes them, reach a step that was recorded before."""
+def test_recorded_steps_use_updated_weights(tiny, questions, recordings):
+    """A recorded step sees updates in place, as the optimizer makes them."""
     model, processor = tiny
     prompt = encode_prompts(processor, questions[:1], "answer")
     decoder = GroupDecoder(model, group_size=2, max_new_tokens=8)

@@ -1,21 +1,19 @@
-"""The same rollouts give the same parameters on one process, two and four, in one part and in several."""
+"""The same rollouts give the same parameters on one rank, two and four, in one part and in several."""
 
 import copy
-from argparse import Namespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from forked import run_processes
 
-import toy
 from grpo_aqa import Rollout, accumulate_gradients, loss_length
-from optimizer import ShardedAdamW
-from policy import completion_logprobs, encode_prompts
-from runtime import data_parallel
+from policy import completion_logprobs, data_parallel, encode_prompts
+from training import toy_model
+from training.optimizer import ShardedAdamW, clip_scale
 
 GROUP_SIZE, STEPS = 3, 10
-SETTINGS = Namespace(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04, ratio="token")
+LOSS = dict(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
 
 
 def fixed_completions(step, index, vocabulary):
@@ -27,11 +25,11 @@ def fixed_completions(step, index, vocabulary):
 
 
 def train(rank, world_size, parts, dtype, questions, folder):
-    """Ten AdamW steps on four questions, shared by the processes and split into parts; each rank saves what it has."""
+    """Take ten AdamW steps on four questions, shared by the ranks and split into parts. Each rank saves its outcome."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    model, processor = toy.make_model(questions, seconds=2, seed=0)
+    model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     model.to(dtype)
     reference = copy.deepcopy(model)
     prompt = encode_prompts(processor, questions[:1], "answer")
@@ -49,13 +47,14 @@ def train(rank, world_size, parts, dtype, questions, folder):
             completions, mask, advantages = (torch.cat(tensors) for tensors in zip(*groups))
             prompt = encode_prompts(processor, [questions[index] for index in indices], "answer")
             with torch.no_grad():
-                ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, SETTINGS.temperature)
+                ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, LOSS["temperature"])
             rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
         average = ("completion", "token")[step % 2]  # the second needs the lengths of all ranks and parts
         length = loss_length(torch.cat([rollout.mask for rollout in rollouts]), average, max_new_tokens=5)
-        accumulate_gradients(ddp_policy, rollouts, SETTINGS, length)
+        accumulate_gradients(ddp_policy, rollouts, **LOSS, length=length)
         assert {p.grad.untyped_storage().data_ptr() for p in trained(model)} == gradient_bytes.keys()  # no second copy
-        grad_norms.append(optimizer.step(lr=1e-4, max_grad_norm=1.0))
+        grad_norms.append(optimizer.grad_norm())
+        optimizer.step(1e-4, clip_scale(grad_norms[-1], 1.0))
     outcome = {"weights": model.state_dict(), "grad_norms": grad_norms, "gradient_bytes": sum(gradient_bytes.values())}
     torch.save(outcome | {"optimizer": optimizer.state}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -73,14 +72,14 @@ def run(world_size, parts, dtype, questions, folder):
 
 @pytest.fixture(scope="module")
 def alone(questions, tmp_path_factory):
-    """What a single process gets in one part, in float32."""
+    """The outcome of a single rank in one part, in float32."""
     return run(1, 1, torch.float32, questions, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.mark.parametrize("world_size, parts", [(1, 2), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_parts_do_not_change_the_result(questions, alone, tmp_path, world_size, parts):
+def test_ranks_and_parts_do_not_change_the_result(questions, alone, tmp_path, world_size, parts):
     ranks = run(world_size, parts, torch.float32, questions, tmp_path)
-    start = toy.make_model(questions, seconds=2, seed=0)[0].state_dict()
+    start = toy_model.make_model(questions, seconds=2, seed=0)[0].state_dict()
     assert ranks[0]["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-5)
     for name, weight in alone["weights"].items():
         assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks), name
@@ -93,7 +92,7 @@ def test_processes_and_parts_do_not_change_the_result(questions, alone, tmp_path
 def test_optimizer_state_is_sharded(questions, tmp_path):
     """Each parameter's state is on one rank, a fourth of all bytes on each of four, and gradients exist once."""
     ranks = run(4, 1, torch.float32, questions, tmp_path)
-    trainable = {n: p for n, p in toy.make_model(questions, 2, 0)[0].named_parameters() if p.requires_grad}
+    trainable = {n: p for n, p in toy_model.make_model(questions, 2, 0)[0].named_parameters() if p.requires_grad}
     names = [name for rank in ranks for name in rank["optimizer"]]
     assert sorted(names) == sorted(trainable)
     weights = sum(p.numel() for p in trainable.values())

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
-from answering import answer_questions
 from data import TEMPLATES, load_questions
-from policy import load_policy
+from evaluation.answering import answer_questions
+from model.checkpoints import load_policy
 from reward import format_reward, prediction
-from toy import warm_start_text
+from training.toy_model import warm_start_text
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

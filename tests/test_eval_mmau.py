@@ -1,5 +1,6 @@
-"""The evaluation: the same file each time, whatever the batch size, the number of processes and the interruptions."""
+"""The evaluation: the same file each time, for any batch size, any number of ranks and any interruption."""
 
+import functools
 import json
 import os
 import re
@@ -14,13 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from evaluation import BATCH, QUESTIONS, answers_in, arguments, evaluate, mmau_record
+from eval_runs import BATCH, QUESTIONS, answers_in, arguments, evaluate, mmau_record
 
-import answering
 import eval_mmau
-import policy
-import runtime
-from checkpoint import save_checkpoint
+from evaluation import answering, report
+from model import checkpoints
+from model.checkpoints import load_policy, save_checkpoint
 from reward import prediction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,13 +42,13 @@ def batches(monkeypatch):
 # ---- the same file ----
 
 
-def test_the_predictions_file_is_the_input_and_the_answers(mmau, clean):
+def test_the_predictions_file_holds_the_input_and_the_answers(mmau, clean):
     given, answered = json.loads((mmau / "mmau.json").read_text()), json.loads(clean.read_text())
     added = ["model_prediction", "model_output", "completion"]
     for before, after in zip(given, answered, strict=True):
         assert list(after) == [*before, *added] and {key: after[key] for key in before} == before
         assert after["model_prediction"] == after["model_output"] == prediction(after["completion"])
-    assert len(set(answers_in(clean))) > QUESTIONS / 2  # they do depend on the question
+    assert len(set(answers_in(clean))) > QUESTIONS / 2  # answers do depend on the question
 
 
 @pytest.mark.parametrize("batch_size", [1, BATCH, 16])
@@ -59,7 +59,7 @@ def test_batch_size_changes_no_prediction_and_a_second_run_no_byte(mmau, clean, 
 
 
 def test_sampling(mmau, tmp_path, capsys):
-    """Reproducible, by seed; the prediction is the majority vote; the first sample stands as the completion."""
+    """The seed decides the samples. The prediction is their majority vote, the completion is the first sample."""
     flags = ("--samples", 3, "--temperature", 0.9)
     for name, extra in {"a": (), "b": (), "c": ("--seed", 1), "d": ("--temperature", 1e-4)}.items():
         assert evaluate(*arguments(mmau, tmp_path / f"{name}.json", *flags, *extra)) == 0
@@ -74,11 +74,25 @@ def test_sampling(mmau, tmp_path, capsys):
     assert all(len(set(record["samples"])) == 1 for record in json.loads(d))  # as good as greedy
 
 
+def test_a_hugging_face_name_needs_no_out(mmau, clean, tmp_path, monkeypatch, capsys):
+    """Its predictions go to runs/. Here, the name stands for a local folder."""
+    for function in (eval_mmau.check_model, eval_mmau.check_context, eval_mmau.heard_seconds,
+                     eval_mmau.load_on_all_ranks):  # fmt: skip
+        local = functools.partial(function, str(mmau / "model"))
+        monkeypatch.setattr(eval_mmau, function.__name__, lambda name, *args, local=local: local(*args))
+    monkeypatch.chdir(tmp_path)
+    flags = arguments(mmau, "none", "--ckpt", "Org/Tiny")
+    assert evaluate(*[flag for flag in flags if flag not in ("--out", "none")]) == 0
+    out = Path("runs/Tiny/untouched/mmau_predictions.json")
+    assert out.read_bytes() == clean.read_bytes() and f"predictions: {out}\n" in capsys.readouterr().out
+
+
 # ---- interruptions ----
 
 KILLED = """
 import os, signal, sys
-import answering, eval_mmau
+import eval_mmau
+from evaluation import answering
 sys.argv[0] = "eval_mmau.py"
 original, calls = answering.append_journal, []
 def append(path, answers):
@@ -95,7 +109,7 @@ eval_mmau.main()
 
 @pytest.fixture(scope="module")
 def killed(mmau):
-    """The predictions file that a SIGKILL has prevented; in its journal, three batches of seven and a torn line."""
+    """The predictions file that a SIGKILL prevented. Its journal holds three batches of seven and a torn line."""
     out = mmau / "killed.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED, *arguments(mmau, out, "--dtype", "bfloat16", "--samples", 2)]
@@ -107,14 +121,14 @@ def killed(mmau):
 
 @pytest.fixture(scope="module")
 def sampled(mmau):
-    """What the killed evaluation would have written: two samples a question, in bfloat16."""
+    """The file that the killed evaluation would have written: two samples a question, in bfloat16."""
     assert evaluate(*arguments(mmau, mmau / "sampled.json", "--dtype", "bfloat16", "--samples", 2)) == 0
     return (mmau / "sampled.json").read_bytes()
 
 
 @pytest.mark.parametrize("lost, computed", [(0, 7 - 3), (1, 7 - 2)])
 def test_a_killed_evaluation_continues(mmau, killed, sampled, tmp_path, batches, lost, computed):
-    """To the very file; a batch that is not whole in the journal is computed again, with all of its questions."""
+    """It writes the same file. A batch of which the journal lacks an answer is computed again as a whole."""
     out = tmp_path / "out.json"
     journal = Path(f"{killed}.partial.jsonl").read_text().splitlines(keepends=True)
     Path(f"{out}.partial.jsonl").write_text("".join(journal[: len(journal) - 1 - lost] + journal[-1:]))
@@ -124,8 +138,8 @@ def test_a_killed_evaluation_continues(mmau, killed, sampled, tmp_path, batches,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.settings.json"]
 
 
-def test_two_processes_continue_what_one_began(mmau, killed, sampled, tmp_path):
-    """They take the first three batches from the journal, where one answer has been changed to tell, and share four."""
+def test_two_ranks_continue_what_one_began(mmau, killed, sampled, tmp_path):
+    """They reuse three batches of the journal, as one changed answer shows, and share the other four."""
     out = tmp_path / "out.json"
     journal = Path(f"{killed}.partial.jsonl").read_text().split("\n")
     changed = json.loads(journal[1])
@@ -141,14 +155,14 @@ def test_two_processes_continue_what_one_began(mmau, killed, sampled, tmp_path):
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_two_processes_give_the_file_of_one(mmau, sampled, tmp_path):
+def test_two_ranks_write_the_file_of_one(mmau, sampled, tmp_path):
     printed = torchrun(*arguments(mmau, tmp_path / "out.json", "--dtype", "bfloat16", "--samples", 2))
     assert (tmp_path / "out.json").read_bytes() == sampled
     assert printed.count("predictions: ") == 1
 
 
 def torchrun(*flags):
-    """Run the script on two processes. Returns what it printed."""
+    """Run the script on two ranks. Returns what it printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / "eval_mmau.py")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *flags], capture_output=True, text=True, env=environment)
@@ -171,7 +185,7 @@ def test_a_journal_of_other_settings_is_not_used(mmau, clean, killed, tmp_path, 
 
 @pytest.fixture
 def broken(mmau, tmp_path):
-    """A question file of which records 3, 5 and 20 have no usable clip: missing, no audio, 10 ms."""
+    """A question file whose records 3, 5 and 20 have no usable clip: missing, not audio, 10 ms long."""
     records = json.loads((mmau / "mmau.json").read_text())
     for i, name in ((2, "gone.wav"), (4, "noise.wav"), (19, "short.wav")):
         records[i]["audio_id"] = str(tmp_path / name)
@@ -183,7 +197,7 @@ def broken(mmau, tmp_path):
 
 
 def test_bad_audio_is_reported_before_weights_are_loaded(mmau, broken, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(checkpoints, "load_policy", lambda *args: pytest.fail("weights were loaded"))
     flags = ("--data", broken, "--audio_dir", mmau)
     assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 1
     message = capsys.readouterr().err
@@ -197,8 +211,8 @@ def test_bad_audio_is_reported_before_weights_are_loaded(mmau, broken, tmp_path,
     assert "error: 20 of 20 " in message and message.count(": no audio file") == 20
 
 
-def test_what_cannot_be_written_is_reported_before_weights_are_loaded(mmau, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+def test_unwritable_files_are_reported_before_weights_are_loaded(mmau, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "load_policy", lambda *args: pytest.fail("weights were loaded"))
     (tmp_path / "file").write_text("")
     for flags in (("--out", tmp_path), ("--out", tmp_path / "file" / "out.json"), ("--html", tmp_path)):
         assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 1
@@ -207,7 +221,7 @@ def test_what_cannot_be_written_is_reported_before_weights_are_loaded(mmau, tmp_
 
 
 def test_questions_that_hold_earlier_predictions(mmau, clean, tmp_path):
-    """Nothing of an earlier file is taken for this one's."""
+    """Keys of an earlier predictions file are replaced, not kept."""
     earlier = {"error": "gone", "samples": ["?"], "completion": "?"}
     records = [record | earlier for record in json.loads(clean.read_text())]
     (tmp_path / "earlier.json").write_text(json.dumps(records))
@@ -216,9 +230,9 @@ def test_questions_that_hold_earlier_predictions(mmau, clean, tmp_path):
     assert (tmp_path / "out.json").read_bytes() == clean.read_bytes()
 
 
-def test_bad_audio_counts_as_wrong_where_it_is_skipped(mmau, broken, clean, tmp_path, monkeypatch, capsys):
-    """Each other question is predicted as before, and stands in the denominator as before."""
-    monkeypatch.setattr(eval_mmau, "is_right", lambda question, said: said != "")
+def test_skipped_bad_audio_counts_as_wrong(mmau, broken, clean, tmp_path, monkeypatch, capsys):
+    """The other predictions and the number of questions stay as before."""
+    monkeypatch.setattr(report, "is_right", lambda question, said: said != "")
     flags = ("--data", broken, "--audio_dir", mmau, "--skip_bad_audio")
     assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 0
     answered, expected = json.loads((tmp_path / "out.json").read_text()), json.loads(clean.read_text())
@@ -231,15 +245,30 @@ def test_bad_audio_counts_as_wrong_where_it_is_skipped(mmau, broken, clean, tmp_
     assert re.search(r"^all .*17/20", printed, re.MULTILINE) and "record 5: " in printed and "3 questions" in printed
 
 
+def test_long_clips_are_counted_once(mmau, tmp_path, capsys):
+    """The tiny model hears 2 s."""
+    records = json.loads((mmau / "mmau.json").read_text())[:4]
+    soundfile.write(tmp_path / "long.wav", 0.1 * np.sin(np.arange(40_000)), 16_000)
+    for record in records[:2]:  # two questions about one clip
+        record["audio_id"] = str(tmp_path / "long.wav")
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    flags = ("--data", tmp_path / "long.json", "--audio_dir", mmau)
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", *flags)) == 0
+    note = "1 of 3 clips are longer than 2 s: the model hears their first 2 s\n"
+    assert capsys.readouterr().out.count(note) == 1
+    assert evaluate(*arguments(mmau, tmp_path / "out.json", "--limit", 2)) == 0
+    assert "longer than" not in capsys.readouterr().out
+
+
 # ---- a run's checkpoints ----
 
 
 def test_a_run_folder(mmau, tmp_path, batches, capsys):
-    """Each checkpoint once; again where its weights or its predictions have changed; nothing that is unfinished."""
+    """Each checkpoint is evaluated once, and again if its weights or predictions changed; unfinished ones never."""
     run = tmp_path / "run"
     for step in (20, 100):
         shutil.copytree(mmau / "model", run / f"step_{step:06}")
-    model, processor = policy.load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
+    model, processor = load_policy(str(mmau / "model"), torch.float32, torch.device("cpu"))
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     shutil.rmtree(run / "step_000100")
@@ -295,9 +324,9 @@ def test_a_run_without_a_checkpoint(mmau, tmp_path, capsys):
 
 
 def test_odd_choices_and_answers(mmau, tmp_path, capsys):
-    """Made-up records with the keys of MMAU, of which v05.15.25 changed the texts alone.
+    """Made-up records with MMAU's keys, whose v05.15.25 changed only texts.
 
-    Answers that are not literally among the choices, as in both; 2 to 8 choices, which repeat or contain each other.
+    An answer is not literally among the choices, as in both versions; 2 to 8 choices repeat or contain each other.
     """
     clip = "./test-mini-audios/clip-0.wav"
     odd = [
@@ -330,7 +359,7 @@ def test_withheld_answers_get_predictions_and_no_score(mmau, clean, tmp_path, ca
 
 
 def test_default_data(tmp_path):
-    """A toy's held-out questions for a run, checkpoint or base model of it; MMAU for all others."""
+    """The toy's held-out questions for a run, checkpoint or base model of the toy; MMAU for all others."""
     heldout = tmp_path / "toy" / "world" / "heldout.json"
     for name, value in (("toy", str(heldout)), ("real", "/somewhere/my_heldout.json"), ("none", None)):
         (tmp_path / name / "step_000100").mkdir(parents=True)
@@ -342,10 +371,10 @@ def test_default_data(tmp_path):
     for damaged in ("[]", "7", '{"heldout": 7}', "[" * 100_000):
         (tmp_path / "none" / "config.json").write_text(damaged)
         assert eval_mmau.parse_args(["--ckpt", str(tmp_path / "none")]).data == "data/MMAU/mmau-test-mini.json"
-    assert eval_mmau.parse_args(["--ckpt", "some/model", "--out", "x"]).data == "data/MMAU/mmau-test-mini.json"
+    assert eval_mmau.parse_args(["--ckpt", "some/model"]).data == "data/MMAU/mmau-test-mini.json"
 
 
-def test_missing_mmau_says_what_to_download(mmau, tmp_path, monkeypatch, capsys):
+def test_the_error_for_missing_mmau_says_what_to_download(mmau, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate("--ckpt", mmau / "model") == 1
     message = capsys.readouterr().err
@@ -374,6 +403,7 @@ BAD_FLAGS = {
     "--batch_size 0": ["--batch_size"],
     "--shuffle_choices -1": ["--shuffle_choices"],
     "--check_batching 0": ["--check_batching"],
+    "--check_batching --out ./x.json": ["--check_batching", "--out"],
 }
 
 
@@ -383,6 +413,14 @@ def test_contradictory_flags_are_refused_by_name(flags, tmp_path, capsys):
         eval_mmau.parse_args(["--ckpt", str(tmp_path), *flags.split()])
     message = capsys.readouterr().err.split("error: ")[1]
     assert [name for name in BAD_FLAGS[flags] if name not in message] == []
+
+
+def test_a_flag_with_its_default_value_counts_as_given(capsys):
+    for flags in (["--compare", "a", "b", "--seed", "0"], ["--ckpt", "a", "--merge", "b", "--cuda_graph", "on"]):
+        with pytest.raises(SystemExit):
+            eval_mmau.parse_args(flags)
+        assert f"{flags[-2]} contradict each other" in capsys.readouterr().err
+    assert eval_mmau.parse_args(["--ckpt", "a", "--merge", "b", "--dtype", "auto"]).merge == "b"
 
 
 @pytest.mark.parametrize("flag", eval_mmau.ONE_CHECKPOINT)
@@ -399,16 +437,17 @@ def test_check_batching(mmau, tmp_path, monkeypatch, capsys):
     before = sorted(mmau.rglob("*"))
     assert evaluate(*flags, "--check_batching", 8) == 0
     assert "8 questions in batches of 3 and one by one, float32 on cpu: 0 predictions differ" in capsys.readouterr().out
-    original = eval_mmau.answer_questions
+    original = answering.answer_questions
 
     def answer(*args, batch_size, **options):
         answers = original(*args, batch_size=batch_size, **options)
         return [["other"], *answers[1:-1], [answers[-1][0] + " "]] if batch_size == 1 else answers
 
-    monkeypatch.setattr(eval_mmau, "answer_questions", answer)
+    monkeypatch.setattr(answering, "answer_questions", answer)
     assert evaluate(*flags, "--check_batching") == 0
     printed = capsys.readouterr().out
-    assert "20 questions" in printed and "1 predictions differ, 2 whole texts" in printed and "they are id-0" in printed
+    assert "20 questions" in printed and "1 predictions differ, 2 whole completions" in printed
+    assert "different predictions: id-0\n" in printed
     assert sorted(mmau.rglob("*")) == before
 
 

@@ -1,13 +1,11 @@
-"""--explain: the tokens' terms against grpo_loss and autograd, its step against plain torch, its text and page."""
+"""explain.py: the tokens' terms against grpo_loss and autograd, the step against plain torch, the command."""
 
 import copy
 import dataclasses
 import math
 import os
-import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +15,17 @@ import torch
 from torch.testing import assert_close
 
 import explain
-import explain_step
 import grpo_aqa
-import runtime
-from checkpoint import save_checkpoint
-from explain_page import Colored, Table, num, to_html, to_text
-from explain_step import Token, check_sums, take_apart, take_step
+from data import step_indices
+from evaluation.explain_page import to_text
+from evaluation.explain_story import Token, tell
+from explain import check_sums, take_apart, take_step
 from grpo_aqa import grpo_loss
-from lora import add_lora
-from policy import completion_logprobs, freeze_audio_tower
+from infra import processes
+from model.checkpoints import save_checkpoint
+from model.qwen2_audio import freeze_audio_tower
+from policy import completion_logprobs
+from reward import REWARDS
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -91,7 +91,7 @@ def test_a_difference_from_the_training_loop_is_an_error(name, wrong):
 @pytest.fixture
 def rewarded(monkeypatch):
     """A model with random weights is never right: here, a completion is by its text's length."""
-    monkeypatch.setattr(grpo_aqa, "accuracy_reward", lambda text, answer: float(len(text) % 2))
+    monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: float(len(text) % 2))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,9 @@ def test_the_step_is_plain_torchs(tiny, questions, one_process, exact, rewarded,
     mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
     step = take_step(args, mine, processor, questions, CPU)
     inputs = step.group.prompt, step.group.completions, step.group.mask, args.temperature
-    rewards = [float(len(text) % 2) + float(good) for text, good in zip(step.group.texts, step.group.format_[0])]
+    rewards = [
+        float(len(text) % 2) + float(good) for text, good in zip(step.group.texts, step.group.scores["format"][0])
+    ]
     mean = sum(rewards) / 6
     deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 5)
     assert step.advantages == pytest.approx([(r - mean) / (deviation + 1e-4) for r in rewards])
@@ -137,25 +139,25 @@ def test_the_step_is_plain_torchs(tiny, questions, one_process, exact, rewarded,
 def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_process, monkeypatch):
     """The first two of the order of training have equal rewards; then, all have."""
     args, (model, processor) = settings(steps=5), tiny
-    order = [questions[i].id for i in explain_step.step_indices(4, 0, 4, 0, args.seed)]
+    order = [questions[i].id for i in step_indices(4, 0, 4, 0, args.seed)]
     calls = []
 
-    def reward(text, answer):
+    def reward(text, answer, template):
         calls.append(text)
         return float(len(calls) == 2 * 6 + 3)  # one completion of the third question
 
-    monkeypatch.setattr(grpo_aqa, "accuracy_reward", reward)
+    monkeypatch.setitem(REWARDS, "accuracy", reward)
     step = take_step(args, copy.deepcopy(model), processor, questions, CPU)
     assert step.looked_at == 3 and step.group.question.id == order[2] and len(calls) == 3 * 6
     assert step.advantages[2] == pytest.approx((1 - 1 / 6) / (1 / 6**0.5 + 1e-4)) == max(step.advantages)
-    assert "Those before, 2, are passed over" in " ".join(to_text(explain.tell(step, args)).split())
+    assert "The 2 questions before it have equal rewards" in " ".join(to_text(tell(step, args)).split())
 
-    monkeypatch.setattr(grpo_aqa, "accuracy_reward", lambda text, answer: 1.0)
+    monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: 1.0)
     step = take_step(args, copy.deepcopy(model), processor, questions, CPU)
     assert step.group.question.id == order[0] and not any(step.advantages)
-    text = " ".join(to_text(explain.tell(step, args)).split())
-    assert "each of the first 4 questions have equal rewards" in text
-    assert "Of 0 with a positive advantage, 0 became likelier; of 0" in text
+    text = " ".join(to_text(tell(step, args)).split())
+    assert "In each of the first 4 groups all rewards are equal" in text
+    assert "0 of 0 completions with a positive advantage became likelier. 0 of 0" in text
 
 
 def test_a_bad_clip_makes_way_for_the_next(tiny, questions, one_process, rewarded, tmp_path, capsys):
@@ -164,7 +166,7 @@ def test_a_bad_clip_makes_way_for_the_next(tiny, questions, one_process, rewarde
     bad = [dataclasses.replace(q, audio=str(tmp_path / "silent.wav"), place=f"line {q.id}") for q in questions]
     args, (model, processor) = settings(), tiny
     args.skip_bad_audio = True
-    first = explain_step.step_indices(4, 0, 1, 0, args.seed)[0]
+    first = step_indices(4, 0, 1, 0, args.seed)[0]
     some = [bad[i] if i == first else question for i, question in enumerate(questions)]
     step = take_step(args, copy.deepcopy(model), processor, some, CPU)
     assert step.group.question.id != bad[first].id
@@ -179,121 +181,6 @@ def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_proces
     args = settings()
     args.freeze_audio_tower = True
     assert take_step(args, model, tiny[1], questions, CPU).looked_at == len(runs)  # once for each question's prompt
-
-
-# ---- the story ----
-
-
-class Page(HTMLParser):
-    """The page's tokens, each as (text, numbers by name), the cells of its tables, and all tags and attributes."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tokens, self.cells, self.tags, self.open = [], [], [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "meta":
-            return
-        self.open.append((tag, dict(attributes).get("class") or ""))
-        if self.open[-1][1].startswith("token"):
-            self.tokens.append(["", {}])
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def handle_data(self, text):
-        tag, kind = self.open[-1] if self.open else ("", "")
-        if kind.startswith("token"):
-            self.tokens[-1][0] += text
-        elif tag == "dt":
-            self.name = text
-        elif tag == "dd":
-            self.tokens[-1][1][self.name] = text
-        elif tag == "td":
-            self.cells.append(text)
-
-
-@pytest.mark.parametrize(
-    "variant, said, unsaid",
-    [
-        ({"updates_per_rollout": 2}, ["+ 0.04 * KL", "deviation + 0.0001", "(update 2 of 2)", "own length"], []),
-        ({"ratio": "sequence"}, ["exp(mean of policy - old over the completion)"], ["= exp(policy - old)"]),
-        ({"beta": 0.0}, ["without a KL term"], ["reference - policy", "* KL"]),
-        (
-            {"loss_average": "token", "clip_high": 0.28},
-            ["divided by the step's mean length", "0.8, 1.28)"],
-            ["own length"],
-        ),
-        ({"loss_average": "constant"}, ["divided by --max_new_tokens"], ["own length"]),
-        ({"normalize_std": "off"}, ["advantage = reward - mean, without"], ["deviation +"]),
-        ({"lora_rank": 2, "lora_dropout": 0.5}, ["dropout of the adapter"], []),
-        ({"template": "direct"}, [], ["<answer>"]),
-        ({"template": "think"}, ["<think> </think>"], []),
-    ],
-    ids=str,
-)
-def test_text_and_page_have_the_steps_numbers(tiny, questions, one_process, rewarded, variant, said, unsaid):
-    args, (model, processor) = settings(**variant), tiny
-    model = copy.deepcopy(model).float()
-    if args.lora_rank:
-        add_lora(model, "M", 2, args.lora_alpha, args.lora_dropout, ["q_proj", "v_proj"], False, 0)
-    step = take_step(args, model, processor, questions, CPU)
-    parts = explain.tell(step, args)
-    text, html = to_text(parts), to_html(parts, "title")
-    page, flat = Page(html), " ".join(text.split())
-    assert [words for words in said if words not in flat] == [] == [words for words in unsaid if words in flat]
-    assert max(map(len, text.splitlines())) < 200
-
-    ids = step.group.prompt["input_ids"][0].tolist()
-    audio = ids.count(model.config.audio_token_id)
-    assert audio > 0 and f"{len(ids)} tokens: {audio} of audio and {len(ids) - audio} of text" in flat
-    for old, new, advantage in zip(step.before, step.after, step.advantages):
-        row = [f"{advantage:+.4f}", f"{old:.4f}", f"{new:.4f}", f"{math.exp(old):.4g}", f"{math.exp(new):.4g}"]
-        row += [f"{math.exp(new - old):.4g}"]
-        assert re.search(r" +".join(map(re.escape, row)), text)
-        assert set(row) <= set(page.cells)
-    for update in step.updates:
-        assert f"= {num(update.stats['loss'], 6)[:-1]}" in flat and f"has norm {update.grad_norm:.4f}" in flat
-    tokens = [token for update in step.updates for completion in update.tokens for token in completion]
-    assert len(page.tokens) == len(tokens) == len(step.updates) * step.group.mask.sum()
-    for (shown, numbers), token in zip(page.tokens, tokens):
-        assert shown == token.text.replace("\n", "↵\n") and numbers["token"] == repr(token.text)
-        assert numbers["clipped"] == ("yes" if token.clipped else "no")
-        values = {"policy": token.policy, "old": token.old, "ratio": token.ratio, "loss term": token.loss}
-        values |= {"gradient": token.gradient}
-        values |= {"reference": token.reference, "KL": token.kl} if args.beta else {}
-        assert {name: float(numbers[name]) for name in values} == pytest.approx(values, abs=6e-7)
-        assert numbers.keys() == values.keys() | {"token", "clipped"}
-
-
-def test_the_page_needs_nothing_and_escapes_everything():
-    evil = '</pre><script src="https://a.example/x.js">alert(1)</script>&amp;"\''
-    row = (evil, "1")
-    parts = [(evil, [evil, explain.Verbatim(evil), Table([row, row]), Colored(row, [[(evil, True, row)]], [-1.0])])]
-    html = to_html(parts, evil)
-    page = Page(html)
-    assert not {"script", "link", "img", "iframe", "a", "base", "object"} & {tag for tag, _ in page.tags}
-    assert not {"src", "href", "onload", "srcset"} & {name for _, attributes in page.tags for name in attributes}
-    style = html[html.index("<style>") : html.index("</style>")]
-    assert "url(" not in style and "@import" not in style and "//" not in style
-    assert page.cells == [evil, "1"] and page.tokens == [[evil, {evil: evil} | {"1": "1"}]]
-    assert "color-mix" in style and "prefers-color-scheme: dark" in style and 'style="--with: var(--down)' in html
-
-
-def test_long_tables_are_cut_in_print_alone():
-    rows = [("token", "x"), *((f"word{i}", str(i)) for i in range(100))]
-    parts = [("title", [Table(rows, cut=True)])]
-    text = to_text(parts)
-    assert "(70 tokens are left out here; --explain_html FILE shows all)" in text
-    assert len(re.findall(r"^word\d+", text, re.MULTILINE)) == 30 and "word19 " in text and "word90 " in text
-    assert sum(cell.startswith("word") for cell in Page(to_html(parts, "t")).cells) == 100
-
-
-def test_num():
-    assert [num(-0.00001), num(0.0, signed=True), num(1.5, 2, signed=True)] == ["0.0000", "0.0000", "+1.50"]
 
 
 # ---- the command ----
@@ -314,16 +201,16 @@ def saved(tiny, questions, tmp_path_factory):
 
 @pytest.mark.parametrize("variant", [[], ["--lora_rank", "2"], ["--freeze_audio_tower"]], ids=str)
 def test_command_writes_the_page_and_no_run_folder(saved, tmp_path, monkeypatch, capsys, variant):
-    monkeypatch.setattr(runtime, "_patient_group", None)
+    monkeypatch.setattr(processes, "_patient_group", None)
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("out/metrics.jsonl").write_text("an earlier run's\n")
     flags = [*saved, *variant, "--out", "out"]
-    assert explain.explain(grpo_aqa.parse_args([*flags, "--explain_html", "pages/page.html"])) == 0
+    assert explain.explain(explain.parse_args([*flags, "--html", "pages/page.html"])) == 0
     printed = capsys.readouterr().out
     assert "1. The prompt" in printed and "page: pages/page.html" in printed
-    assert "<h2>5. What it did</h2>" in Path("pages/page.html").read_text(encoding="utf-8")
-    assert explain.explain(grpo_aqa.parse_args([*flags, "--explain"])) == 0
+    assert "<h2>5. What the step did</h2>" in Path("pages/page.html").read_text(encoding="utf-8")
+    assert explain.explain(explain.parse_args(flags)) == 0
     assert capsys.readouterr().out in printed  # the same samples, the same numbers
     files = sorted(str(path) for path in Path().rglob("*"))
     assert files == ["out", "out/audio_headers.json", "out/metrics.jsonl", "pages", "pages/page.html"]
@@ -333,35 +220,35 @@ def test_command_writes_the_page_and_no_run_folder(saved, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--explain", "--resume"], "--explain starts from --model"),
-        (["--explain_html", "."], "--explain_html .: cannot be written"),
+        (["--resume"], "--resume is for training"),
+        (["--html", "."], "--html .: cannot be written"),
     ],
     ids=str,
 )
 def test_mistakes_end_in_one_line(saved, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(runtime, "_patient_group", None)
+    monkeypatch.setattr(processes, "_patient_group", None)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("left at once"))
     monkeypatch.chdir(tmp_path)
-    assert explain.explain(grpo_aqa.parse_args([*saved, *flags])) == 1
+    assert explain.explain(explain.parse_args([*saved, *flags])) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert len(errors) == 1 and errors[0].startswith(f"grpo_aqa.py: error: {message}")
+    assert len(errors) == 1 and errors[0].startswith(f"explain.py: error: {message}")
 
 
-def test_several_processes_are_refused(saved, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(runtime, "_patient_group", None)
+def test_several_ranks_are_refused(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "_patient_group", None)
     monkeypatch.setattr(explain.dist, "get_world_size", lambda: 2)
-    assert explain.explain(grpo_aqa.parse_args([*saved, "--explain"])) == 1
+    assert explain.explain(explain.parse_args(saved)) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("grpo_aqa.py: error: --explain is for a single process")
+    assert printed.out == "" and printed.err.startswith("explain.py: error: explain.py runs on one rank")
     assert printed.err.count("\n") == 1
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_processes_is_refused(saved, tmp_path):
-    script = str(Path(__file__).parents[1] / "grpo_aqa.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script, *saved, "--explain"]
+def test_torchrun_with_two_ranks_is_refused(saved, tmp_path):
+    script = str(Path(__file__).parents[1] / "explain.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script, *saved]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    assert done.returncode != 0 and done.stderr.count("grpo_aqa.py: error: --explain is for a single process") == 1
+    assert done.returncode != 0 and done.stderr.count("explain.py: error: explain.py runs on one rank") == 1
     assert "1. The prompt" not in done.stdout and list(tmp_path.iterdir()) == []

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 from forked import ENVIRONMENT, ROOT
 
-import toy
 from data import load_questions
-from files import step_folders
+from training import toy_model
+from training.run_folder import step_folders
 
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
          "accumulation_steps": 1, "max_new_tokens": 4, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
@@ -26,14 +26,15 @@ DRIVER = """
 import os, resource, sys, time
 sys.path.insert(0, {root!r})
 sys.argv[0] = "grpo_aqa.py"
-import torch, checkpoint, grpo_aqa, runtime, training
+import torch, grpo_aqa
+from training import run, run_folder
 rank, now = int(os.environ.get("RANK", 0)), [0]
 
-def count(*args, record_step=training.record_step):
-    now[0] = args[2]  # the step that is being recorded
-    return record_step(*args)
+def count(self, *args, record=run.Run.record, **kwargs):
+    now[0] = self.step  # the step that is being recorded
+    return record(self, *args, **kwargs)
 
-grpo_aqa.record_step = count
+run.Run.record = count
 
 def at(step, module, name, do):
     original = getattr(module, name)
@@ -74,7 +75,7 @@ def home(tmp_path_factory):
     records = [{"id": f"q{i}", "audio": f"{i}.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
                for i in range(6)]  # fmt: skip
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
-    model, processor = toy.make_model(load_questions(str(folder / "questions.jsonl")), seconds=1, seed=0)
+    model, processor = toy_model.make_model(load_questions(str(folder / "questions.jsonl")), seconds=1, seed=0)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
     return folder
@@ -103,7 +104,7 @@ def errors(done):
 NO_SPACE = "OSError(28, 'No space left on device')"
 FAULTS = {
     "data loading": (
-        "if rank == 1: at(3, training, 'to_device', fail(training.InputError('clip 7 is bad')))",
+        "if rank == 1: at(3, run, 'to_device', fail(run.InputError('clip 7 is bad')))",
         "error: clip 7 is bad",
     ),
 }
@@ -121,12 +122,12 @@ MORE_FAULTS = {  # slow
         "error: rank 1: ValueError: odd shapes",
     ),
     "saving a checkpoint": (
-        f"if rank == 0: at(4, checkpoint, 'save_checkpoint', fail({NO_SPACE}))",
+        f"if rank == 0: at(4, run_folder, 'save_checkpoint', fail({NO_SPACE}))",
         "step_000004: could not be written ([Errno 28] No space left on device)",
     ),
     "a rank that is killed": (
         "if rank == 1: at(3, grpo_aqa, 'sample_group', lambda *args, **kwargs: os.kill(os.getpid(), 9))",
-        "has lost the others; was one killed?",
+        "lost its connection; was another killed?",
     ),
 }
 
@@ -150,18 +151,18 @@ def test_an_error_on_one_rank_ends_all_with_its_message_once(home, where):
 
 # what is written: (a function during which, from after a step on, files have a largest size; that size; what is named)
 WRITES = {
-    "metrics": ("3, training, 'append_jsonl'", "os.path.getsize('{out}/metrics.jsonl') + 9", "metrics.jsonl"),
+    "metrics": ("3, run, 'append_jsonl'", "os.path.getsize('{out}/metrics.jsonl') + 9", "metrics.jsonl"),
     "completions": (
-        "3, grpo_aqa, 'log_completions'",
+        "3, run, 'log_completions'",
         "os.path.getsize('{out}/completions.jsonl') + 9",
         "completions.jsonl",
     ),
     "a state": ("4, torch, 'save'", "100_000", "rank_0.pt"),
 }
 MORE_WRITES = {  # slow
-    "a checkpoint": ("4, checkpoint, 'save_checkpoint'", "100_000", "step_000004"),
-    "the curves": ("4, checkpoint, 'draw_curves'", "1_000", "curves.png"),
-    "the progress within a state": ("4, checkpoint, 'write_text'", "10", "resume/step_000004"),
+    "a checkpoint": ("4, run_folder, 'save_checkpoint'", "100_000", "step_000004"),
+    "the curves": ("4, run_folder, 'draw_curves'", "1_000", "curves.png"),
+    "the progress within a state": ("4, run_folder, 'write_text'", "10", "resume/step_000004"),
 }
 
 
@@ -208,7 +209,7 @@ def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, w
 
 def test_an_error_of_the_machine_is_one_line(home, run):
     """Such as a disk that fails to be read."""
-    done = run("unreadable", fault="at(3, training, 'to_device', fail(OSError(5, 'Input/output error', 'x.wav')))")
+    done = run("unreadable", fault="at(3, run, 'to_device', fail(OSError(5, 'Input/output error', 'x.wav')))")
     assert done.returncode == 1 and errors(done) == ["grpo_aqa.py: error: [Errno 5] Input/output error: 'x.wav'"]
     assert "Traceback" not in done.stderr
 
@@ -237,8 +238,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(home, run, processes):
         ("grpo_aqa", "sample_group", "sample", "--max_new_tokens"),
         ("grpo_aqa", "completion_logprobs", "reference", "--beta 0"),
         ("grpo_aqa", "accumulate_gradients", "train", "--accumulation_steps"),
-        ("grpo_aqa", "update", "update", "--lora_rank"),
-        ("grpo_aqa", "start", "the start", "--lora_rank"),
+        ("grpo_aqa", "clip_scale", "update", "--lora_rank"),
+        ("grpo_aqa", "data_parallel", "the start", "--lora_rank"),
     ],
 )
 def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monkeypatch, module, name, phase, flag):
@@ -246,18 +247,18 @@ def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monk
     import torch
 
     import grpo_aqa
-    import runtime
+    from infra import processes
 
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.chdir(home)
     monkeypatch.setattr(grpo_aqa, name, exhausted)
-    monkeypatch.setattr(runtime.os, "_exit", lambda status: sys.exit(status))
+    monkeypatch.setattr(processes.os, "_exit", lambda status: sys.exit(status))
     flags = [f"--{name}={value}" for name, value in (FLAGS | {"out": f"memory_{name}"}).items()]
     with pytest.raises(SystemExit):
         grpo_aqa.run_training(grpo_aqa.parse_args(flags), "grpo_aqa.py", "GRPO", grpo_aqa.train)
-    runtime.dist.destroy_process_group()
+    processes.dist.destroy_process_group()
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"grpo_aqa.py: error: out of GPU memory in phase '{phase}': " in last and flag in last and "2.00 GiB" in last
 
@@ -283,9 +284,7 @@ def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):
     done = run("skipped", "--skip_bad_audio", data="broken.jsonl")
     assert done.returncode == 0, done.stderr
     assert "1 of 6 questions have no usable clip; going on without them" in done.stdout
-    assert (
-        done.stdout.count("silent.wav: holds nothing but zeros") == 1 and "1 clips have turned out bad" in done.stdout
-    )
+    assert done.stdout.count("silent.wav: has only zeros") == 1 and "1 bad clips so far" in done.stdout
     config = json.loads((home / "skipped" / "config.json").read_text())
     assert config["skipped_questions"] == 1 and [*config["bad_clips_met"]] == ["broken.jsonl, line 2"]
     replaced = [record["replaced_questions"] for record in metrics(home / "skipped")]
@@ -308,7 +307,7 @@ def test_a_run_stopped_by_a_bad_clip_goes_on_without_it(home, run):
     (home / "quiet.jsonl").write_text("\n".join(lines))
     done = run("quiet", data="quiet.jsonl", save_every=1)
     assert done.returncode == 1 and "--resume --skip_bad_audio" in errors(done)[0]
-    assert re.search(r"error: step \d: quiet.jsonl, line 6: quiet.wav: holds nothing but zeros", errors(done)[0])
+    assert re.search(r"error: step \d: quiet.jsonl, line 6: quiet.wav: has only zeros", errors(done)[0])
     assert run("quiet", "--resume", "--skip_bad_audio", data="quiet.jsonl", save_every=1).returncode == 0
     assert [record["step"] for record in metrics(home / "quiet")] == [1, 2, 3, 4, 5, 6]
 

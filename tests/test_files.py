@@ -1,15 +1,14 @@
-"""Files and folders that are complete or not there."""
+"""Atomic writes of files and folders, free disk space, messages for failed writes."""
 
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from training_runs import killed_in, names
 
-import files
-from errors import InputError
-from files import (
+from infra import files
+from infra.errors import InputError
+from infra.files import (
     begin_folder,
     check_folder,
     finish_folder,
@@ -17,17 +16,9 @@ from files import (
     remove,
     replacing,
     set_aside,
-    what_is_saved,
-    writing_run,
 )
 
-# ---- complete or not there ----
-
-
-def test_step_folders_are_the_complete_ones_by_step(tmp_path):
-    for name in ("step_1000000", "step_999999", "step_000002.unfinished", "step_000003.removed.unfinished", "step_x"):
-        (tmp_path / name).mkdir()
-    assert names(tmp_path) == ["step_999999", "step_1000000"]
+# ---- atomic writes ----
 
 
 def test_a_half_removed_folder_does_not_look_complete(tmp_path):
@@ -42,7 +33,7 @@ def test_a_half_removed_folder_does_not_look_complete(tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, "as it was"])
-def test_a_file_that_fails_to_be_written_is_as_before(tmp_path, before):
+def test_a_failed_write_leaves_the_file_as_before(tmp_path, before):
     path = tmp_path / "new folder" / "a.json"
     if before:
         path.parent.mkdir()
@@ -58,8 +49,8 @@ def test_a_file_that_fails_to_be_written_is_as_before(tmp_path, before):
     assert [file.read_text() for file in path.parent.iterdir()] == ["all of it"]
 
 
-def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """With all that is in it; what an interrupted save has left is gone, and so is the folder that had the name."""
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """So are its files. The remains of an interrupted save and the earlier folder of that name are gone."""
     folder, synced = tmp_path / "step_000002", []
     for made in (folder, tmp_path / "step_000002.unfinished"):
         made.mkdir()
@@ -75,7 +66,7 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_what_is_set_aside_stays(tmp_path):
+def test_files_set_aside_are_kept(tmp_path):
     path = tmp_path / "p.json"
     for i, name in enumerate(("p.json.old", "p.json.old_2", "p.json.old_3")):
         path.write_text(str(i))
@@ -99,7 +90,7 @@ def test_kind_of_file(tmp_path):
 
 
 def test_a_folder_is_tried_and_not_made(tmp_path):
-    """The nearest above it that exists decides."""
+    """The nearest existing folder above it decides."""
     check_folder(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -107,22 +98,3 @@ def test_a_folder_is_tried_and_not_made(tmp_path):
         check_folder(tmp_path / "file" / "b")
     with pytest.raises(InputError, match="^mine.json: cannot be written"):
         check_folder(tmp_path / "file", out="mine.json")
-
-
-def test_what_fails_to_be_written_is_said_with_what_is_safe(tmp_path, monkeypatch):
-    """The file, the reason in one line, the room on the disk, the newest checkpoint, and where the run would go on."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_230_000_000))
-
-    def said():
-        with pytest.raises(InputError) as error, writing_run(tmp_path / "x.pt", tmp_path):
-            raise RuntimeError("failed\n  at position 7")
-        return str(error.value)
-
-    assert said().startswith(
-        f"{tmp_path}/x.pt: could not be written (failed at position 7), with 1.23 GB free; there is"
-    )
-    assert what_is_saved(tmp_path) == "there is no checkpoint yet"
-    (tmp_path / "step_000100").mkdir()
-    assert what_is_saved(tmp_path) == f"the last checkpoint is {tmp_path}/step_000100"
-    (tmp_path / "resume" / "step_000120").mkdir(parents=True)
-    assert f"the last checkpoint is {tmp_path}/step_000100, and --resume continues after step 120; see to" in said()

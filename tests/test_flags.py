@@ -1,4 +1,4 @@
-"""Numeric flags: what is zero, negative, not a number or absurd is refused by name, in every script."""
+"""Numeric flags: every script refuses zero, negative, absurd and NaN values, and names the flag."""
 
 import math
 
@@ -10,7 +10,7 @@ import grpo_aqa
 import reproduce
 import sft_aqa
 import toy
-from flags import LIMITS, outside_limits
+from infra.flags import LIMITS, outside_limits
 
 CHECKPOINT = ["--ckpt", "m", "--out", "p", "--data", "q.jsonl"]
 TRAINING = ("steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "lr", "max_grad_norm", "seed",
@@ -56,7 +56,7 @@ def test_absurd_numbers_are_refused_by_name(script, flag, value, capsys):
     assert said.count("\n") == 1 and "error: " in said and f"--{flag}" in said
 
 
-def test_limits_name_their_ends():
+def test_messages_name_the_limit():
     assert outside_limits("lr", 1e-6) is None and outside_limits("lr", 1.0) is None
     assert outside_limits("lr", 0.0) == "--lr must be above 0, not 0.0"
     assert outside_limits("lr", 1.1) == "--lr must be at most 1, not 1.1"
@@ -66,13 +66,13 @@ def test_limits_name_their_ends():
 
 
 def test_every_numeric_flag_has_limits():
-    """A flag without them would end in a KeyError; all defaults lie within theirs."""
+    """A flag without limits would raise KeyError. All defaults are within their limits."""
     for parse_args, others, flags in SCRIPTS.values():
         numbers = {name for name, value in vars(parse_args(others)).items() if type(value) in (int, float)}
         assert numbers <= set(LIMITS) and set(flags) <= set(LIMITS)
 
 
-def test_under_torchrun_one_rank_speaks(monkeypatch, capsys):
+def test_under_torchrun_only_rank_0_prints_errors(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         grpo_aqa.parse_args(["--lr", "7"])

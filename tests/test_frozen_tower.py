@@ -1,4 +1,4 @@
-"""A frozen audio tower heard once a step: against the same model that runs its tower each time."""
+"""A frozen audio tower that runs once per step, against the same model that runs its tower each time."""
 
 import copy
 
@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from optimizer import ShardedAdamW
-from policy import completion_logprobs, encode_prompts, freeze_audio_tower, listen, sample_group, slice_prompt
-from runtime import data_parallel
+from model.qwen2_audio import freeze_audio_tower
+from policy import completion_logprobs, data_parallel, encode_prompts, listen, sample_group, slice_prompt
+from training.optimizer import ShardedAdamW, clip_scale
 
 TOWER, GROUP_SIZE = "model.audio_tower.", 2
 
 
 @pytest.fixture
 def frozen(tiny):
-    """(model, processor) in float64, of which the audio tower does not learn."""
+    """(model, processor) in float64, with a frozen audio tower."""
     model = copy.deepcopy(tiny[0])
     freeze_audio_tower(model)
     return model, tiny[1]
@@ -24,14 +24,14 @@ def frozen(tiny):
 
 @pytest.fixture
 def runs(frozen):
-    """Grows by one each time the tower of the frozen model, or of a copy that is made of it, runs."""
+    """A list that grows by one each time the tower of the frozen model or of a copy runs."""
     seen = []
     frozen[0].model.audio_tower.conv1.register_forward_hook(lambda *_: seen.append(1))
     return seen
 
 
 def completions_of(prompt, seed=0):
-    """Random words for GROUP_SIZE completions of each prompt, of 1 to 5 tokens."""
+    """Return GROUP_SIZE completions of random words for each prompt, of 1 to 5 tokens."""
     g, rows = torch.Generator().manual_seed(seed), GROUP_SIZE * len(prompt["input_ids"])
     lengths = torch.randint(1, 6, (rows, 1), generator=g)
     lengths[0] = 5
@@ -39,7 +39,7 @@ def completions_of(prompt, seed=0):
 
 
 def learn(model, prompt, checkpointing=False, parts=2):
-    """Log-probs of random completions, and the gradients of the sum of their squares, computed in parts."""
+    """Return log-probs of random completions and the gradients of the sum of their squares, computed in parts."""
     model.zero_grad(set_to_none=True)
     (completions, mask), size, found = completions_of(prompt), len(prompt["input_ids"]) // parts, []
     for start in range(0, parts * size, size):
@@ -51,8 +51,8 @@ def learn(model, prompt, checkpointing=False, parts=2):
     return torch.cat(found), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_tower_alone_is_frozen(tiny, frozen):
-    """And an unfrozen one, whose gradient would get lost, is not listened with."""
+def test_only_the_tower_is_frozen(tiny, frozen):
+    """`listen` refuses an unfrozen tower, whose gradient would get lost."""
     trained = {name for name, p in tiny[0].named_parameters() if p.requires_grad}
     assert {name for name, p in frozen[0].named_parameters() if p.requires_grad} == {
         name for name in trained if not name.startswith(TOWER)
@@ -63,7 +63,7 @@ def test_the_tower_alone_is_frozen(tiny, frozen):
 
 
 def test_the_tower_runs_once_for_all_of_a_step(frozen, questions, runs):
-    """Sampling, the reference pass and two training passes; the plain way, each runs it."""
+    """In sampling, the reference pass and two training passes. Without `listen`, each of them runs it."""
     model, processor = frozen
     reference, plain = copy.deepcopy(model), encode_prompts(processor, questions, "answer")
 
@@ -81,8 +81,8 @@ def test_the_tower_runs_once_for_all_of_a_step(frozen, questions, runs):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_sampled_scored_and_learned_stays_the_same(exact, tiny, frozen, questions, checkpointing):
-    """Tokens, log-probs and all gradients but the tower's, also those of a model whose tower learns."""
+def test_listening_changes_neither_samples_nor_gradients(exact, tiny, frozen, questions, checkpointing):
+    """Nor log-probs. The gradients also equal those of a model whose tower learns, apart from the tower's."""
     model, processor = frozen
     plain = encode_prompts(processor, questions, "answer")
     heard = listen(model, plain)
@@ -103,8 +103,8 @@ def test_what_is_sampled_scored_and_learned_stays_the_same(exact, tiny, frozen, 
     assert gradients["model.multi_modal_projector.linear.weight"].abs().max() > 0
 
 
-def test_slices_are_what_the_tower_hears_in_those_clips_alone(frozen):
-    """Clips of 3 to 200 frames, with every remainder by the four frames of an audio token."""
+def test_a_slice_is_the_tower_output_of_those_clips_alone(frozen):
+    """Clips of 3 to 200 frames, with every remainder of a division by the four frames of an audio token."""
     model, generator = frozen[0], torch.Generator().manual_seed(0)
     frames = torch.tensor([3, 38, 37, 131, 4, 198, 39, 40, 200])
     within = (torch.arange(200) < frames[:, None]).long()
@@ -125,8 +125,8 @@ def test_slices_are_what_the_tower_hears_in_those_clips_alone(frozen):
             assert_close(found["heard"][i, :tokens], expected["heard"][i, :tokens], rtol=0, atol=1e-11)
 
 
-def test_distributed_training_leaves_the_frozen_tower_out(frozen, questions):
-    """Its weights are neither exchanged nor updated, and those of the others are."""
+def test_distributed_training_skips_the_frozen_tower(frozen, questions):
+    """Its gradients are not exchanged and its weights not updated. All others are."""
     model, processor = frozen
     heard = listen(model, encode_prompts(processor, questions, "answer"))
     expected, before = learn(copy.deepcopy(model), heard, parts=1)[1], copy.deepcopy(model.state_dict())
@@ -136,7 +136,7 @@ def test_distributed_training_leaves_the_frozen_tower_out(frozen, questions):
         optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
         ddp_policy(heard, *completions_of(heard), 0.9)[0].square().sum().backward()
         assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
-        optimizer.step(lr=1e-3, max_grad_norm=1.0)
+        optimizer.step(1e-3, clip_scale(optimizer.grad_norm(), 1.0))
     finally:
         dist.destroy_process_group()
     moved = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}

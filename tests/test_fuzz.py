@@ -14,17 +14,16 @@ import soundfile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import answering
-from audio import load_audio
-from checkpoint import remembered_template
 from data import TEMPLATES, build_prompt, load_questions
-from errors import InputError
-from eval_report import write_html
-from lora import adapter_base
-from metrics import cut_jsonl, draw_curves
-from predictions import is_done
+from evaluation.predictions import append_journal, is_done, read_journal
+from evaluation.report import write_html
+from evaluation.scores import compare, majority_vote, read_predictions
+from infra.audio import load_audio
+from infra.errors import InputError
+from model.checkpoints import remembered_template
+from model.lora import adapter_base
 from reward import accuracy_reward, extract_answer, format_reward, mmau_match, prediction
-from scores import compare, majority_vote, read_predictions
+from training.metrics import cut_jsonl, draw_curves
 
 fuzz = settings(max_examples=150, derandomize=True, deadline=None, database=None,
                 suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -280,12 +279,12 @@ def test_any_journal(folder, lines):
     path = folder / "j"
     texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     path.write_bytes(b"\n".join([json.dumps(HEADER, sort_keys=True).encode(), *texts, b""]))
-    answers = answering.read_journal(str(path), HEADER, 3, 2)
+    answers = read_journal(str(path), HEADER, 3, 2)
     for i, completions in answers.items():
         assert type(i) is int and 0 <= i < 3 and type(completions) is list and len(completions) == 2
         assert {"question": i, "completions": completions} in lines
-    answering.append_journal(str(path), {1: ["x", "y"]})
-    assert answering.read_journal(str(path), HEADER, 3, 2) == answers | {1: ["x", "y"]}
+    append_journal(str(path), {1: ["x", "y"]})
+    assert read_journal(str(path), HEADER, 3, 2) == answers | {1: ["x", "y"]}
 
 
 METRIC = st.fixed_dictionaries({"step": JSON | st.integers(1, 9)}, optional={"reward": JSON, "loss": JSON, "kl": JSON})

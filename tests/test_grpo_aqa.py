@@ -1,7 +1,6 @@
 """Rewards of groups; group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
 
 import math
-from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -17,9 +16,11 @@ from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss,
 def test_each_text_is_scored_by_the_answer_of_its_question():
     questions = [Question(answer, "", "?", ["a", "b"], answer) for answer in "ab"]
     texts = ["<answer>a</answer>", "<answer>b</answer>", "a", "<answer>b</answer>", "<answer>a</answer>", "a"]
-    accuracy, format_ = score_completions(texts, questions, "answer")
-    assert accuracy.tolist() == [[1, 0, 1], [1, 0, 0]]
-    assert format_.tolist() == [[1, 1, 0], [1, 1, 0]]
+    scores = score_completions(texts, questions, "answer", ["accuracy", "format"])
+    assert {name: score.tolist() for name, score in scores.items()} == {
+        "accuracy": [[1, 0, 1], [1, 0, 0]],
+        "format": [[1, 1, 0], [1, 1, 0]],
+    }
 
 
 def test_advantages_are_per_group_with_the_unbiased_deviation():
@@ -209,12 +210,12 @@ def test_token_average_weighs_all_tokens_of_all_ranks_and_parts_the_same(exact, 
     mean.backward()
 
     length = sum(tokens) / len(everything)  # what loss_length returns on every rank
-    args = Namespace(temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.04, ratio=ratio)
+    limits = dict(temperature=1.0, clip_low=0.2, clip_high=0.28, beta=0.04, length=length, ratio=ratio)
     losses, gradients = [], []
     for rank in (parts[:2], parts[2:]):
         policy = FixedLogprobs([part[0] for part in rank])
         rollouts = [Rollout(None, torch.full((6, 5), i), p[4], p[3], p[2], p[1]) for i, p in enumerate(rank)]
-        losses.append(accumulate_gradients(policy, rollouts, args, length)["loss"])
+        losses.append(accumulate_gradients(policy, rollouts, **limits)["loss"])
         gradients += [rows.grad / 2 for rows in policy.logprobs]  # averaged over the ranks
     assert sum(losses) / 2 == pytest.approx(mean.item(), rel=1e-12)
     assert_close(torch.cat(gradients), everything.grad, rtol=1e-10, atol=1e-14)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import Question
-from metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
+from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
 
 # ---- a line at a time ----
 
@@ -36,11 +36,14 @@ def test_completions_are_a_line_a_question(tmp_path):
     asked = [Question(name, f"{name}.wav", "What?", ["x", "y"], answer) for name, answer in (("a", "x"), ("b", "y"))]
     rewards = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
     advantages = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 1 / 3]])
-    log_completions(tmp_path / "c.jsonl", 7, asked, ["p", "q"], ["1", "2", "3", "4", "5", "line\n\u2028 six"],
-                    rewards, advantages)  # fmt: skip
+    scores = {"accuracy": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), "format": torch.ones(2, 3)}
+    texts = ["1", "2", "3", "4", "5", "line\n\u2028 six"]
+    log_completions(tmp_path / "c.jsonl", 7, asked, "direct", texts, scores, rewards, advantages)
     first, second = map(json.loads, (tmp_path / "c.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
-    assert first == {"step": 7, "id": "a", "audio": "a.wav", "prompt": "p", "answer": "x",
-                     "completions": ["1", "2", "3"], "rewards": [0, 2, 1], "advantages": [-1, 1, 0]}  # fmt: skip
+    prompt = "What? Please choose the answer from the following options: ['x', 'y']."
+    assert first == {"step": 7, "id": "a", "audio": "a.wav", "prompt": prompt, "answer": "x",
+                     "completions": ["1", "2", "3"], "rewards": [0, 2, 1], "accuracy": [0, 1, 0],
+                     "format": [1, 1, 1], "advantages": [-1, 1, 0]}  # fmt: skip
     assert second["completions"][2] == "line\n\u2028 six" and second["advantages"] == [0, 0, 0.3333]
 
 

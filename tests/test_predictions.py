@@ -1,15 +1,31 @@
-"""The predictions file: what is said of each question, and of which checkpoint."""
+"""The predictions file and its journal: what they hold, and when they may be reused."""
 
 import json
 import os
 import shutil
 from pathlib import Path
 
-import predictions
+import pytest
+
+from evaluation import predictions
+from infra.errors import InputError
+
+# ---- predictions files ----
+
+
+def test_where_predictions_are_written(tmp_path):
+    """In the checkpoint's folder; a Hugging Face name is no folder and has one under runs/."""
+    path = predictions.predictions_path
+    assert path(str(tmp_path)) == str(tmp_path / "mmau_predictions.json")
+    assert path(str(tmp_path), suffix="_silence") == str(tmp_path / "mmau_predictions_silence.json")
+    assert path(str(tmp_path), "a/b.json", "_samples") == "a/b_samples.json" and path("Org/Name", "c") == "c"
+    folder = "runs/Qwen2-Audio-7B-Instruct/untouched"
+    assert path("Qwen/Qwen2-Audio-7B-Instruct") == f"{folder}/mmau_predictions.json"
+    assert path("Qwen/Qwen2-Audio-7B-Instruct", None, "_silence") == f"{folder}/mmau_predictions_silence.json"
 
 
 def test_the_prediction_is_the_majority_vote():
-    """Over what the samples answer, not over their texts; and questions without a completion are wrong."""
+    """The vote counts the samples' answers, not their whole texts. Questions without a completion are wrong."""
     texts = ["a bell", "<answer>rain</answer>", "so <answer>rain</answer>", "rain", " a bell\n"]
     (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], {0: texts}, {1: "why"}, sampled=True)
     assert voted.pop("samples") == texts
@@ -19,8 +35,8 @@ def test_the_prediction_is_the_majority_vote():
     assert predictions.with_answers([{}], {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
 
 
-def test_a_checkpoint_is_told_by_its_model_files(mmau, tmp_path):
-    """Not by predictions or journals that lie beside them."""
+def test_a_checkpoint_is_identified_by_its_model_files(mmau, tmp_path):
+    """Not by predictions or journals beside them."""
     shutil.copytree(mmau / "model", tmp_path / "model")
     before = predictions.identify_checkpoint(str(tmp_path / "model"))
     for name in ("mine.json", "mine.json.partial.jsonl"):
@@ -31,7 +47,7 @@ def test_a_checkpoint_is_told_by_its_model_files(mmau, tmp_path):
         assert before != (before := predictions.identify_checkpoint(str(tmp_path / "model")))
 
 
-def test_an_adapter_is_told_by_its_base_too(tmp_path):
+def test_an_adapter_is_identified_by_its_base_too(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, name in ((base, "model.safetensors"), (adapter, "adapter_model.safetensors")):
         folder.mkdir()
@@ -45,14 +61,14 @@ def test_an_adapter_is_told_by_its_base_too(tmp_path):
     assert before != predictions.identify_checkpoint(str(adapter))
 
 
-def test_predictions_are_done_while_file_and_settings_are_those(tmp_path):
-    """Whatever differs, in the settings or in the file, is not taken for done, and is kept as .old."""
+def test_predictions_are_done_while_file_and_settings_are_unchanged(tmp_path):
+    """If settings or file differ, the file does not count as done and is kept as .old."""
     out, settings, records = str(tmp_path / "p.json"), {"seed": 1, "template": "answer"}, [{"model_prediction": "é"}]
     assert not predictions.is_done(out, settings)
     Path(predictions.journal_path(out)).touch()
     predictions.write_predictions(out, records, settings)
     assert predictions.is_done(out, settings) and not predictions.is_done(out, settings | {"seed": 2})
-    assert json.loads(Path(out).read_bytes().decode("ascii")) == records  # whatever the reader takes for the default
+    assert json.loads(Path(out).read_bytes().decode("ascii")) == records  # whatever the reader's default encoding is
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "p.json.settings.json"]
     whole = Path(out).read_bytes()
     Path(out).write_bytes(whole.replace(b"u00e9", b"u00e8"))
@@ -65,3 +81,30 @@ def test_predictions_are_done_while_file_and_settings_are_those(tmp_path):
     for damaged in ("[]", "{", "[" * 100_000):
         Path(out + ".settings.json").write_text(damaged)
         assert not predictions.is_done(out, settings | {"seed": 2})
+
+
+# ---- the journal ----
+
+
+def test_a_full_disk_is_reported_with_the_file_and_what_to_do(tmp_path):
+    (tmp_path / "j").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=f"^{tmp_path}/j: could not be written .*the same command continues"):
+        predictions.append_journal(str(tmp_path / "j"), {3: ["x"]})
+
+
+TORN = {"at its end": b'{"question": 2, "comp', "by a crash": b'\0\0\0\n{"question": 2, "completions": ["z"]}\n'}
+
+
+@pytest.mark.parametrize("tail", [b"", *TORN.values()], ids=["nowhere", *TORN])
+def test_a_journal_is_cut_where_it_is_torn(tmp_path, tail):
+    path, settings = str(tmp_path / "j"), {"seed": 1, "data": ["ü", None]}
+    assert predictions.read_journal(path, settings, 4, 2) == {}
+    predictions.append_journal(path, {3: ["a\nü", "\ufffd"], 0: ["", "x"]})
+    whole = Path(path).read_bytes()
+    with open(path, "ab") as file:
+        file.write(tail)
+    assert predictions.read_journal(path, settings, 4, 2) == {3: ["a\nü", "\ufffd"], 0: ["", "x"]}
+    assert Path(path).read_bytes() == whole
+    Path(path).write_bytes(whole[:10])  # torn in its first line
+    assert predictions.read_journal(path, settings, 4, 2) == {}
+    assert Path(path).read_bytes() == whole.split(b"\n")[0] + b"\n"

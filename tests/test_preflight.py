@@ -1,4 +1,4 @@
-"""Checks before a model is loaded: all clips at once, their verdicts remembered."""
+"""Checks before a model is loaded: all clips at once, good ones remembered, long ones counted."""
 
 import json
 import os
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
-import preflight
-from errors import InputError
-from preflight import check_headers, load_checked
+from infra.errors import InputError
+from training import preflight
+from training.preflight import check_headers, heard_seconds, load_checked, long_clips_note
 
 
 @pytest.fixture
@@ -26,6 +26,10 @@ def folder(tmp_path):
 
 def clips(folder):
     return [str(folder / f"{i}.wav") for i in range(30)]
+
+
+def bad(checked):
+    return [path for path, (fault, _) in checked.items() if fault is not None]
 
 
 def test_all_problems_are_reported_together(folder):
@@ -77,23 +81,40 @@ def test_good_clips_are_opened_once(folder, monkeypatch):
     cache, opened = folder / "run" / "cache.json", []
     original = preflight.audio_seconds
     monkeypatch.setattr(preflight, "audio_seconds", lambda path: opened.append(Path(path).stem) or original(path))
-    faults = check_headers(clips(folder), cache)
-    assert len(faults) == 26 and sorted(opened, key=int) == [str(i) for i in range(30)]
+    checked = check_headers(clips(folder), cache)
+    assert len(bad(checked)) == 26 and sorted(opened, key=int) == [str(i) for i in range(30)]
     opened.clear()
-    assert check_headers(clips(folder), cache) == faults
+    assert check_headers(clips(folder), cache) == checked
     assert sorted(opened, key=int) == [str(i) for i in range(30) if i not in (0, 1, 3, 4)]
     opened.clear()
     soundfile.write(folder / "0.wav", np.ones(3200), 16_000)  # another size
     os.utime(folder / "1.wav", ns=(0, 0))  # another time
     soundfile.write(folder / "2.wav", np.ones(3200), 16_000)  # repaired
     (folder / "4.wav").unlink()
-    assert len(check_headers(clips(folder), cache)) == 26
+    checked = check_headers(clips(folder), cache)
+    assert len(bad(checked)) == 26 and checked[str(folder / "0.wav")] == (None, 0.2)  # 3,200 samples
     assert {"0", "1", "2", "4"} <= set(opened) and "3" not in opened
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', "\ud800"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', '{"0.wav": [1, 2]}', "\ud800"])
 def test_a_damaged_cache_is_as_none(folder, content):
     cache = folder / "cache.json"
     cache.write_bytes(content.encode("utf-8", "surrogatepass"))
-    assert len(check_headers(clips(folder), cache)) == 26
+    assert len(bad(check_headers(clips(folder), cache))) == 26
     assert str(folder / "0.wav") in json.loads(cache.read_text())
+
+
+# ---- what fits the model ----
+
+
+def test_clips_that_the_model_hears_in_part_are_counted():
+    assert long_clips_note([2.0, 30.0, 29.9], heard=30.0) is None
+    expected = "2 of 4 clips are longer than 30 s: the model hears their first 30 s"
+    assert long_clips_note([2.0, 30.5, 900.0, 30.0], heard=30.0) == expected
+
+
+def test_lengths_are_those_of_the_clips(folder, mmau):
+    for decode in (False, True):
+        checked = load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True, decode=decode)
+        assert checked.seconds == {question.audio: 0.1 for question in checked.questions}
+    assert heard_seconds(str(mmau / "model")) == 2.0  # what the tiny model was made for

@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 from data import step_indices
-from policy import load_policy
+from model.checkpoints import load_policy
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Scores: the statistics against ways of computing them that share no formula, the tables against counting by hand."""
+"""Scores: statistics against independent ways of computing them, tables against counting by hand."""
 
 import itertools
 import json
@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import pytest
 
-import scores
 from data import Question
-from errors import InputError
+from evaluation import scores
+from infra.errors import InputError
 from reward import mmau_match
 
 Z = 1.959964
@@ -29,7 +29,7 @@ def make_questions(number, seed=0, tasks=("sound", "music", "speech")):
 
 
 def cells(line):
-    """A table's line as its cells, which stand two spaces or more apart."""
+    """Split a table's line into its cells, which are at least two spaces apart."""
     return re.split(r" {2,}", line.strip())
 
 
@@ -38,8 +38,8 @@ def cells(line):
 
 @pytest.mark.parametrize("correct, total", [(0, 1), (1, 1), (1, 2), (0, 44), (3, 44), (43, 44), (44, 44), (645, 1000),
                                             (1, 1000), (999, 1000), (6000, 9000)])  # fmt: skip
-def test_wilson_interval_is_where_the_score_test_turns(correct, total):
-    """Its ends solve |share - p| = z sqrt(p (1 - p) / n), found here by bisection."""
+def test_wilson_interval_ends_where_the_score_test_turns(correct, total):
+    """The ends solve |share - p| = z sqrt(p (1 - p) / n), solved here by bisection."""
     share = correct / total
 
     def rejected(p):
@@ -79,7 +79,7 @@ def test_wilson_interval_at_the_edges():
 
 
 def test_mcnemar_counts_tosses():
-    """p is the share of all sequences of fair tosses that are at least as lopsided as what was seen."""
+    """p is the share of all sequences of fair tosses that are at least as lopsided as the observed one."""
     for tosses in range(11):
         lopsided = [abs(2 * sum(sequence) - tosses) for sequence in itertools.product((0, 1), repeat=tosses)]
         for a in range(tosses + 1):
@@ -105,11 +105,19 @@ def test_mcnemar_of_many_questions():
     assert scores.mcnemar_exact(0, 0) == scores.mcnemar_exact(1, 0) == 1.0
 
 
+def test_verdict():
+    told = scores.verdict(1, 9, "first", "second")
+    assert told == "only first right: 1, only second right: 9; McNemar's exact test: p = 0.0215, second is better"
+    assert scores.verdict(9, 1, "a", "b").endswith("p = 0.0215, a is better")
+    assert scores.verdict(2, 8, "a", "b").endswith("p = 0.1094, no difference can be told")
+    assert scores.discordant([True, True, False, False], [False, True, True, False]) == (1, 1)
+
+
 # ---- several samples ----
 
 
 def test_pass_at_k_counts_subsets():
-    """The share of all choices of k samples that hold a right one."""
+    """pass@k is the share of all subsets of k samples that hold a right one."""
     for total in range(1, 8):
         for correct, k in itertools.product(range(total + 1), range(1, total + 1)):
             subsets = list(itertools.combinations([True] * correct + [False] * (total - correct), k))
@@ -146,7 +154,7 @@ def test_samples_table(k_samples, rows):
     assert [row for row in rows if row not in printed] == []
     assert [line[0] for line in table if "pass@" in line[0]][1:] == [row for row in rows if row.startswith("pass@")]
     assert len(printed) == len(table)
-    assert ("deviation of the mean" in printed) == (k_samples > 1)
+    assert ("deviation between samplings" in printed) == (k_samples > 1)
 
     groups = [[i for i, q in enumerate(questions) if task in (None, q.task)] for task in (None, "sound", "speech")]
     names = [f"{name} ({len(group)})" for name, group in zip(("all", "sound", "speech"), groups)]
@@ -158,7 +166,7 @@ def test_samples_table(k_samples, rows):
             "majority vote": statistics.fmean(votes[i] for i in group),
         }
         if k_samples > 1:
-            expected["deviation of the mean"] = statistics.stdev(runs)
+            expected["deviation between samplings"] = statistics.stdev(runs)
             own = [statistics.stdev(map(float, correct[i])) for i in group]
             expected["deviation within a question"] = statistics.fmean(own)
             expected[f"pass@{k_samples}"] = statistics.fmean(any(correct[i]) for i in group)
@@ -187,7 +195,7 @@ def test_p_text():
 
 
 def test_accuracy_table_counts_as_mmau_does():
-    """Against a transcription of how evaluation.py counts: an empty prediction stays in the denominator."""
+    """Against a transcription of MMAU's evaluation.py, which counts an empty prediction as wrong."""
     questions = make_questions(300)
     rng = random.Random(1)
     said = [rng.choice([q.answer, q.answer.upper() + "!", "", "cat", "a dog or a cow"]) for q in questions]
@@ -260,7 +268,7 @@ def test_ablation_table():
 
 
 def write_predictions(path, said, **changes):
-    """A predictions file of five questions. changes: a key's value by question number."""
+    """Write a predictions file. changes: a key's value by question number."""
     records = [
         {"id": f"q{i}", "audio_id": f"./audio/{i}.wav", "question": f"What is {i}?", "choices": ["dog", "cat", "cow"],
          "answer": "dog", "task": "sound", "model_prediction": text, "model_output": text, "completion": text}
@@ -300,7 +308,7 @@ def test_compare_names_the_better_one(tmp_path):
     assert "p = 1.0000" in same and "q0" not in same and "differently" not in same
 
 
-def test_compare_leaves_out_what_has_no_answer(tmp_path):
+def test_compare_leaves_out_questions_without_an_answer(tmp_path):
     paths = [write_predictions(tmp_path / name, said, answer={0: "", 2: None}) for name, said in (("a", A), ("b", B))]
     printed = scores.compare(*paths)
     assert "only A right: 1, only B right: 0" in printed and "2/3" in printed and "1/3" in printed
@@ -329,7 +337,7 @@ def test_compare_refuses_other_questions(tmp_path, changes, named):
 
 def test_compare_refuses_more_questions_and_accepts_shuffled_choices(tmp_path):
     a, shorter = write_predictions(tmp_path / "a", A), write_predictions(tmp_path / "b", B[:4])
-    with pytest.raises(InputError, match="holds 5 questions and .* 4;"):
+    with pytest.raises(InputError, match="holds 5 questions and .* holds 4: they cannot be compared"):
         scores.compare(a, shorter)
     elsewhere = {"choices": {0: ["cow", "dog", "cat"]}, "audio_id": {1: "/elsewhere/1.wav"}}
     assert "only A right: 0" in scores.compare(a, write_predictions(tmp_path / "c", A, **elsewhere))
@@ -352,3 +360,19 @@ def test_reading_predictions(tmp_path):
         scores.read_predictions(tmp_path / "b")
     with pytest.raises(InputError, match="record 1: no text model_prediction"):
         scores.read_predictions(write_predictions(tmp_path / "c", A, model_prediction={0: None}))
+
+
+# ---- held-out questions ----
+
+
+def test_heldout_scores():
+    """Accuracy counts the answer by MMAU's rule, format the whole completion."""
+    questions = [Question(str(i), "a.wav", "What?", ["dog", "cat"], "dog") for i in range(4)]
+    completions = ["<answer>dog</answer>", "<answer>cat</answer>", "Dog", "so <answer>a dog</answer>"]
+    pair = scores.score_answers(questions, [[text] for text in completions], "answer")
+    assert pair == (0.75, 0.5)
+    heading, *rows = scores.heldout_table(questions, {"before": (0.25, 1.0), "after": pair}).splitlines()
+    assert heading.startswith("4 held-out questions, greedy")
+    assert [cells(row) for row in rows] == [
+        ["guessing", "0.500"], ["before", "0.250", "1.000"], ["after", "0.750", "0.500"]
+    ]  # fmt: skip

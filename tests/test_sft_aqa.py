@@ -10,15 +10,14 @@ import torch
 import torch.distributed as dist
 from forked import run_processes
 
-import grpo_aqa
 import sft_aqa
-import toy
-from audio import load_audio
 from data import build_prompt, target_text
-from errors import InputError
-from policy import encode_prompts, encode_targets, slice_prompt
+from infra.audio import load_audio
+from infra.errors import InputError
+from infra.processes import mean_over_ranks
+from policy import data_parallel, encode_prompts, encode_targets, slice_prompt
 from reward import accuracy_reward, format_reward
-from runtime import data_parallel, mean_over_ranks
+from training import toy_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = ["rain", "a bell", "the wind in the trees", "wind"]  # targets of different lengths
@@ -111,7 +110,7 @@ def shared_gradient(rank, world_size, parts, questions, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    model, processor = toy.make_model(questions, seconds=2, seed=0)
+    model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     ddp_policy = data_parallel(model, encode_prompts(processor, questions[:1], "answer"), checkpointing=False)
     size = len(questions) // (world_size * parts)
     inputs, count = [], 0
@@ -166,36 +165,3 @@ def test_a_run_on_two_processes(tmp_path, questions, tiny):
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]  # four questions, whose answers are all the same
     assert json.loads((out / "config.json").read_text())["method"] == "SFT"
     assert (out / "curves.png").stat().st_size > 10_000
-
-
-def test_defaults(monkeypatch):
-    """The toy's settings without --model, the paper's schedule with it; the toy's base and questions are GRPO's."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    args = sft_aqa.parse_args([])
-    assert (args.model, args.out, args.prompts_per_rank) == ("runs/toy/base", "runs/toy_sft", 16)
-    args = sft_aqa.parse_args(["--model", "some/Model", "--data", "x.json"])
-    assert (args.out, args.steps, args.prompts_per_rank) == ("runs/Model_sft", 1000, 2)
-
-
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        (["--lora_dropout", "0.1"], "--lora_dropout needs --lora_rank"),
-        (["--lora_rank", "-1"], "--lora_rank must be at least 0"),
-        (["--lora_rank", "8", "--lora_alpha", "0"], "--lora_alpha must be above 0"),
-        (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout must be below 1, not 1.0"),
-    ],
-)
-def test_settings_that_contradict_are_refused(flags, said, capsys):
-    for parse_args in (sft_aqa.parse_args, grpo_aqa.parse_args):
-        with pytest.raises(SystemExit):
-            parse_args(flags)
-        assert said in capsys.readouterr().err
-
-
-def test_lora_takes_ten_times_the_learning_rate_unless_told():
-    for parse_args, lr in ((sft_aqa.parse_args, 1e-5), (grpo_aqa.parse_args, 1e-6)):
-        real = ["--model", "some/Model", "--data", "x.json"]
-        given = parse_args([*real, "--lora_rank", "8", "--lr", str(lr)])
-        assert (parse_args(real).lr, given.lr) == (lr, lr)
-        assert parse_args([*real, "--lora_rank", "8"]).lr == pytest.approx(10 * lr)

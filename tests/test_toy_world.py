@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from toy_world import with_label_noise, write_world
+from training.toy_world import with_label_noise, write_world
 
 
 def read(folder):

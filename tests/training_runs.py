@@ -17,9 +17,9 @@ import torch
 from forked import ENVIRONMENT, ROOT, run_processes
 from safetensors.torch import load_file
 
-import toy
 from data import load_questions
-from files import step_folders
+from training import toy_model
+from training.run_folder import step_folders
 
 QUESTIONS, BATCH, STEPS = 5, 4, 8  # the batch does not divide the questions, so epochs begin within steps
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": STEPS, "save_every": 2, "prompts_per_rank": 2,
@@ -214,4 +214,4 @@ def make_base(rank, folder):
     learned."""
     torch.set_num_threads(1)
     os.chdir(folder)
-    toy.make_base(load_questions("questions.jsonl"), Path("base"), steps=45, random_answers=1.0, seed=0)
+    toy_model.make_base(load_questions("questions.jsonl"), Path("base"), steps=45, random_answers=1.0, seed=0)

@@ -1,0 +1,1 @@
+"""Parts of bench.py: memory and time of a training step, and time of an evaluation."""

@@ -1,0 +1,265 @@
+"""GPU memory of each part of a step: counted on any machine, measured on a GPU.
+
+The count runs the project's own code on fake tensors, which have shapes but no data, and adds up the bytes in use. The
+measurement runs rank 0 of a run on one GPU, with random weights. The other ranks do not exist, so its times include no
+communication. 1 GB is 1e9 bytes.
+"""
+
+import argparse
+import time
+import weakref
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2AudioConfig
+
+from benchmarks.models import (
+    GB,
+    TEMPERATURE,
+    add_bench_lora,
+    build_model,
+    lone_rank,
+    make_prompt,
+    make_rank,
+    qwen2_audio_7b,
+    save_results,
+    take_step,
+    trainable,
+    update,
+    versions,
+)
+from infra.errors import InputError
+from model.decoding import GroupDecoder
+from model.qwen2_audio import Prompt
+from policy import completion_logprobs, prefill, sample_tokens
+from training.optimizer import ShardedAdamW
+
+CARDS = (24, 48, 80)  # GB of memory
+FOR_CUDA = 2  # GB of a card that the CUDA context and NCCL need
+aten = torch.ops.aten
+
+# ---- counted ----
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside `with`, on fake tensors: count the bytes of all storages in use, now and at the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.storages = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = self.call(function, args, kwargs or {})
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def freed(self, key: int, nbytes: int) -> None:
+        self.storages.remove(key)
+        self.now -= nbytes
+
+    def call(self, function, args, kwargs):
+        """Call an operation. A result that depends on data, which fake tensors lack, is as if masks were all True."""
+        if function is aten.index.Tensor and args[1][0].dtype == torch.bool:  # hidden[mask]
+            return args[0].flatten(0, args[1][0].dim() - 1).clone()
+        if function is aten.masked_scatter_backward.default:
+            return args[0].new_empty(args[2])
+        if function is aten._local_scalar_dense.default:  # .item() of the gradients' norm
+            return 1.0
+        # The backward pass adds up the gradients of a tensor in place, except under a mode like this one.
+        if function is aten.add.Tensor and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+            return args[0].add_(args[1])
+        return function(*args, **kwargs)
+
+
+def count(config: Qwen2AudioConfig, dtype: torch.dtype, gpus: int, args: argparse.Namespace) -> dict[str, float]:
+    """Count the GB that each part of a step takes on the first of `gpus` GPUs, by name as in PARTS.
+
+    Allocates nothing. Counts tensors only: not the memory that kernels use inside, nor gaps between tensors that
+    torch's allocator cannot use.
+    """
+    live, held = LiveBytes(), {}
+
+    @contextmanager
+    def part(name):
+        before = live.peak = live.now
+        yield
+        held[name] = live.peak - before
+
+    with lone_rank(gpus), FakeTensorMode(), live:
+        with part("weights"):
+            model = build_model(config, dtype, torch.device("cpu"))
+            if args.lora_rank:
+                add_bench_lora(model, args.lora_rank)
+        with part("gradients"):  # only once: a gradient is a view into DistributedDataParallel's buckets
+            for parameter in trainable(model).values():
+                parameter.grad = torch.zeros_like(parameter)
+        with part("optimizer"):
+            optimizer = ShardedAdamW(trainable(model))
+
+        prompt = make_prompt(model, args.prompts_per_rank, args.clip_seconds)
+        completions = torch.zeros(args.prompts_per_rank * args.group_size, args.max_new_tokens, dtype=torch.long)
+        decoder = GroupDecoder(model, args.group_size, args.max_new_tokens)
+        with part("sample"):
+            for _ in range(2):  # the first call allocates the decoder's memory, the second one finds it
+                count_sampling(model, prompt, completions, decoder)
+        cache = decoder.prompt_cache + decoder.completion_cache
+        held["decoder"] = sum(keys.nbytes + values.nbytes for keys, values in cache)
+        held["sample"] -= held["decoder"]
+
+        prompt = make_prompt(model, args.prompts_per_rank // args.accumulation_steps, args.clip_seconds)
+        completions = completions[: len(prompt["input_ids"]) * args.group_size]
+        with part("train"):
+            mask, before = torch.ones_like(completions, dtype=torch.bool), live.now
+            logprobs, _ = completion_logprobs(
+                model, prompt, completions, mask, TEMPERATURE, checkpointing=args.gradient_checkpointing
+            )
+            held["saved"] = live.now - before
+            logprobs.sum().backward()
+            del logprobs, _
+        with part("update"):
+            update(optimizer)
+
+    held["reference"] = held["weights"] if args.beta and not args.lora_rank else 0
+    fixed = sum(held[name] for name in ("weights", "gradients", "reference", "optimizer", "decoder"))
+    held["peak"] = fixed + max(held[name] for name in ("sample", "train", "update"))
+    return {name: nbytes / GB for name, nbytes in held.items()}
+
+
+@torch.no_grad()
+def count_sampling(model, prompt: Prompt, completions: Tensor, decoder: GroupDecoder) -> None:
+    """Do what sample_group does, but decode only the last token."""
+    hidden, cache = prefill(model, prompt)
+    decoder.start(cache, prompt["attention_mask"])
+    del cache
+    hidden = hidden.repeat_interleave(decoder.group_size, dim=0)
+    if completions.shape[1] > 1:
+        decoder.decoded = completions.shape[1] - 2  # tokens before the one that goes through the model now
+        hidden = decoder.step(completions[:, -2])
+    sample_tokens(model.lm_head(hidden), TEMPERATURE, generator=None)
+
+
+# ---- measured ----
+
+
+def measure(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> dict:
+    """Take two whole steps as rank 0 of args.gpus ranks. Raises InputError if memory runs out.
+
+    Returns peak_gb, the highest allocated memory in either step, and seconds of the second step, each a dict by phase.
+    Also returns reserved_gb, the most that torch's allocator took from the GPU. The GB are None without a GPU.
+    """
+    peaks, reserved, seconds = {}, 0.0, {}
+
+    @contextmanager
+    def phase(name):
+        nonlocal reserved
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise InputError(f"these settings need more memory than this GPU has: phase {name} ran out") from None
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / GB)
+            reserved = max(reserved, torch.cuda.max_memory_reserved() / GB)
+        seconds[name] = time.perf_counter() - started
+
+    with lone_rank(args.gpus):
+        with phase("setup"):
+            rank = make_rank(
+                config,
+                dtype,
+                device,
+                checkpointing=args.gradient_checkpointing,
+                cuda_graph=args.cuda_graph,
+                beta=args.beta,
+                lora_rank=args.lora_rank,
+            )
+            prompt = make_prompt(rank.policy, args.prompts_per_rank, args.clip_seconds)
+        for _ in range(2):
+            take_step(
+                rank,
+                prompt,
+                group_size=args.group_size,
+                max_new_tokens=args.max_new_tokens,
+                parts=args.accumulation_steps,
+                phase=phase,
+            )
+    return {"peak_gb": peaks or None, "reserved_gb": reserved or None, "seconds": seconds}
+
+
+# ---- reports ----
+
+PARTS = {
+    "weights": "policy weights, with the adapter",
+    "gradients": "gradients",
+    "reference": "reference weights",
+    "optimizer": "optimizer state, this GPU's share",
+    "decoder": "keys and values for sampling",
+    "sample": "more while sampling",
+    "train": "more during a training pass",
+    "saved": "    part of it: saved for the backward pass",
+    "update": "more during the update",
+    "peak": 'peak: the first five and the largest "more"',
+}
+
+
+def describe(args: argparse.Namespace) -> str:
+    trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
+    return (
+        f"{trained}, {args.clip_seconds:g} s clips, "
+        f"groups of {args.group_size} completions of {args.max_new_tokens} tokens, "
+        f"{args.prompts_per_rank} prompts per GPU in {args.accumulation_steps} accumulation steps, "
+        f"gradient checkpointing {'on' if args.gradient_checkpointing else 'off'}"
+    )
+
+
+def memory_table(args: argparse.Namespace) -> str:
+    """Make a Markdown table of the cards that a run on 1, 4 or 8 GPUs fits, with and without a reference."""
+    lines = [
+        f"Qwen2-Audio-7B in bfloat16: {describe(args)}.",
+        f"1 GB is 1e9 bytes; {FOR_CUDA} GB of each card are left for the CUDA context and NCCL.",
+        "",
+        f"| beta | GPUs | peak per GPU | {' | '.join(f'{card} GB card' for card in CARDS)} |",
+        f"| --- | --- | --- |{' --- |' * len(CARDS)}",
+    ]
+    counts = {gpus: count(qwen2_audio_7b(), torch.bfloat16, gpus, args) for gpus in (1, 4, 8)}
+    for beta in (args.beta, 0) if args.beta else (0,):
+        for gpus, counted in counts.items():
+            peak = counted["peak"] if beta else counted["peak"] - counted["reference"]
+            verdicts = ["fits" if peak + FOR_CUDA <= card else "does not fit" for card in CARDS]
+            lines.append(f"| {beta:g} | {gpus} | {peak:.1f} GB | {' | '.join(verdicts)} |")
+    return "\n".join(lines)
+
+
+def bench_memory(args: argparse.Namespace) -> None:
+    """Count, measure if there is a GPU, print both and write both to a file. With --table, print which cards fit."""
+    if args.table:
+        print(memory_table(args))
+        return
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    settings = {name: value for name, value in vars(args).items() if name not in ("what", "table", "out")}
+    result: dict = {"gpu": gpu, **versions(), "settings": settings}
+    result["counted_gb"] = count(qwen2_audio_7b(), torch.bfloat16, args.gpus, args)
+    print(f"Qwen2-Audio-7B in bfloat16 on {args.gpus} GPUs: {describe(args)}\n\ncounted GB per GPU")
+    print(*(f"  {label:<45}{result['counted_gb'][name]:8.2f}" for name, label in PARTS.items()), sep="\n", flush=True)
+    if gpu:
+        result |= measure(qwen2_audio_7b(), torch.bfloat16, args, torch.device("cuda"))
+        print(f"\nmeasured on {gpu}, torch {result['torch']}, transformers {result['transformers']}, {result['date']}")
+        print(f"  {'phase':<12}{'peak GB':>10}{'seconds':>10}")
+        for name, peak in result["peak_gb"].items():
+            print(f"  {name:<12}{peak:10.2f}{result['seconds'][name]:10.2f}")
+        print(f"  {'overall':<12}{max(result['peak_gb'].values()):10.2f}, reserved {result['reserved_gb']:.2f}")
+    save_results(result, "memory", gpu or "counted", args.out)

@@ -1,0 +1,1 @@
+"""Answer questions with a model, score the answers, and show them as tables, pictures and pages."""

@@ -1,0 +1,311 @@
+"""Score predictions: accuracy, intervals, significance tests.
+
+Plain functions on plain lists. MMAU's rule (reward.mmau_match) decides whether a prediction is right. The verdict is
+never stored: it is computed again from the predictions file. A question whose answer is withheld is never scored.
+"""
+
+import math
+import os
+import re
+from collections import Counter, namedtuple
+from collections.abc import Iterable, Sequence
+
+from data import Question, find_records, parse_record, require
+from infra.errors import InputError
+from reward import format_reward, guessing, mmau_match, prediction
+
+Score = namedtuple("Score", "correct total")
+FIELDS = ("task", "difficulty", "sub_category")  # MMAU's labels of a question
+_FIRST = ("sound", "music", "speech", "easy", "medium", "hard")  # MMAU's order; other values follow alphabetically
+
+# ---- statistics ----
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the 95% score interval of a share (E. B. Wilson, JASA 22, 1927), both ends between 0 and 1.
+
+    The interval holds every true share p whose distance to the observed share is at most z standard errors
+    sqrt(p (1 - p) / total). Unlike the textbook interval, it also holds near 0 and 1. Without questions: (0, 1).
+    """
+    if total == 0:
+        return 0.0, 1.0
+    center = correct + z * z / 2
+    half = z * math.sqrt(correct * (total - correct) / total + z * z / 4)
+    high = 1.0 if correct == total else (center + half) / (total + z * z)  # exactly 1: rounding could give 1 - 1e-16
+    return (center - half) / (total + z * z), high
+
+
+def discordant(a: list[bool], b: list[bool]) -> tuple[int, int]:
+    """Count the questions that only a has right, and those that only b has right."""
+    return sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Return the two-sided p of McNemar's exact test: are two models right equally often on the same questions?
+
+    only_a, only_b: how many questions only model A, or only model B, has right. The other questions do not matter. If
+    the models were equal, each of these questions would be a fair coin toss. So p is twice the binomial tail, computed
+    in integers.
+    """
+    tosses, fewer = only_a + only_b, min(only_a, only_b)
+    ways = tail = 1
+    for k in range(fewer):
+        ways = ways * (tosses - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**tosses)
+
+
+def verdict(only_a: int, only_b: int, name_a: str, name_b: str) -> str:
+    """Say in one line which of two models is better, if McNemar's exact test gives p < 0.05."""
+    p = mcnemar_exact(only_a, only_b)
+    better = name_a if only_a > only_b else name_b
+    conclusion = "no difference can be told" if p >= 0.05 else f"{better} is better"
+    counts = f"only {name_a} right: {only_a}, only {name_b} right: {only_b}"
+    return f"{counts}; McNemar's exact test: p = {p_text(p)}, {conclusion}"
+
+
+def majority_vote(predictions: list[str]) -> str:
+    """Return the most frequent prediction; if several are equally frequent, the first of them."""
+    return Counter(predictions).most_common(1)[0][0]
+
+
+def pass_at_k(correct: int, total: int, k: int) -> float:
+    """Return the chance that at least one of k samples is right, if `correct` of `total` samples are right.
+
+    The unbiased estimator of arXiv 2107.03374, equation 1. k = 1 gives the share of right samples.
+    """
+    if not 1 <= k <= total:
+        raise ValueError(f"pass@{k} needs at least {k} samples and k >= 1; there are {total}")
+    draws = math.comb(total, k)
+    return (draws - math.comb(total - correct, k)) / draws
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Return the unbiased standard deviation of two or more values."""
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+# ---- predictions files ----
+
+
+def is_right(question: Question, prediction: str) -> bool:
+    """Apply MMAU's rule to a prediction. The question must have an answer."""
+    return mmau_match(question.known_answer, prediction, question.choices)
+
+
+def read_predictions(path: str) -> tuple[list[Question], list[str]]:
+    """Read a predictions file: its questions and the prediction for each. Opens no audio. Raises InputError."""
+    questions, predictions = [], []
+    for place, record in require(find_records(path)):
+        predicted = record.get("model_prediction", record.get("model_output"))
+        if not isinstance(predicted, str):
+            raise InputError(f"{place}: no text model_prediction; give a predictions file that eval_mmau.py wrote")
+        questions.append(parse_record(record, place, ""))
+        predictions.append(predicted)
+    return questions, predictions
+
+
+def require_same_questions(path_a: str, a: list[Question], path_b: str, b: list[Question]) -> None:
+    """Raise InputError unless two files hold the same questions in the same order. Their choices may be shuffled."""
+    for number, (one, other) in enumerate(zip(a, b), start=1):
+        for field, in_a, in_b in zip(("question", "clip", "answer", "choices"), _identity(one), _identity(other)):
+            if in_a != in_b:
+                raise InputError(
+                    f"{path_a} and {path_b} hold different questions: number {number} has the {field} {in_a!r} "
+                    f"(id {visible(one.id)}) in the first and {in_b!r} (id {visible(other.id)}) in the second"
+                )
+    if len(a) != len(b):
+        raise InputError(f"{path_a} holds {len(a)} questions and {path_b} holds {len(b)}: they cannot be compared")
+
+
+def _identity(question: Question) -> tuple:
+    return question.question, os.path.basename(question.audio), question.answer, sorted(question.choices)
+
+
+# ---- tables ----
+
+
+def accuracy_by(questions: list[Question], correct: list[bool], field: str) -> dict[str, Score]:
+    """Count the right questions for each value of one of FIELDS. Questions without a value are left out."""
+    counts = {}
+    for question, right in zip(questions, correct, strict=True):
+        value = getattr(question, field)
+        if value is not None:
+            before = counts.get(value, Score(0, 0))
+            counts[value] = Score(before.correct + right, before.total + 1)
+    return {value: counts[value] for value in in_order(counts)}
+
+
+def in_order(values) -> list[str]:
+    """Sort a field's values in MMAU's order: sound, music, speech; easy, medium, hard; others alphabetically."""
+    return sorted(values, key=lambda value: (_FIRST.index(value) if value in _FIRST else len(_FIRST), value))
+
+
+def accuracy_rows(questions: list[Question], correct: list[bool]) -> list[tuple[str, str, Score]]:
+    """Return (field, value, score) in total ("all", "") and for each task, difficulty and sub-category."""
+    rows = [("all", "", Score(sum(correct), len(correct)))]
+    return rows + [(f, value, score) for f in FIELDS for value, score in accuracy_by(questions, correct, f).items()]
+
+
+def accuracy_table(questions: list[Question], correct: list[bool]) -> str:
+    """Format accuracy, 95% interval and counts, in total and by task, difficulty and sub-category."""
+    rows = [(field, value, *score_cells(score)) for field, value, score in accuracy_rows(questions, correct)]
+    return align([("", "", "accuracy", "95% interval", "right"), *rows], right=(2, 3, 4))
+
+
+def samples_table(questions: list[Question], correct: list[list[bool]], votes: list[bool]) -> str:
+    """Format the scores of K samples for each question, in total and by task.
+
+    correct: for each question, whether each of its K samples is right. votes: whether its majority vote is right.
+    deviation between samplings: deviation of the K samplings' accuracies, the scatter of a single sampling's score.
+    deviation within a question: deviation of 0 and 1 among a question's K samples, averaged over the questions; 0% if
+    the model always answers a question alike, a little over 50% if it tosses a coin.
+    Deviations divide by K - 1. With one sample, these rows are left out.
+    """
+    k_samples = len(correct[0])
+    ks = [2**n for n in range(1, k_samples.bit_length()) if 2**n < k_samples] + [k_samples] * (k_samples > 1)
+    names = ["mean of the samples (pass@1)"]
+    names += ["deviation between samplings", "deviation within a question"] * (k_samples > 1)
+    names += [*(f"pass@{k}" for k in ks), "majority vote", "its 95% interval"]
+    columns = [(f"{k_samples} samples each", *names)]
+    for group, indices in _groups(questions).items():
+        own = [correct[i] for i in indices]
+        cells = [percent(sum(map(sum, own)), k_samples * len(own))]
+        if k_samples > 1:
+            runs = [sum(sampling) / len(own) for sampling in zip(*own)]
+            cells += [percent(_deviation(runs), 1), percent(sum(map(_deviation, own)), len(own))]
+        cells += [percent(sum(pass_at_k(sum(row), k_samples, k) for row in own), len(own)) for k in ks]
+        vote = Score(sum(votes[i] for i in indices), len(own))
+        columns.append((f"{group} ({len(own)})", *cells, percent(*vote), interval_text(vote)))
+    return align(list(zip(*columns)), right=range(1, len(columns)))
+
+
+def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bool]]) -> str:
+    """Format the accuracy under several conditions, in total and by task, each compared with the first condition.
+
+    correct_by_name: for each condition, whether each question is right. Differences are in percentage points; p is
+    that of McNemar's exact test.
+    """
+    first = next(iter(correct_by_name.values()))
+    rows: list[tuple[str, ...]] = [("", "accuracy", "95% interval", "right", "difference", "p")]
+    for group, indices in _groups(questions).items():
+        rows.append((group,))
+        for name, correct in correct_by_name.items():
+            score = Score(sum(correct[i] for i in indices), len(indices))
+            cells = ["", ""]
+            if correct is not first:
+                only_first, only_this = discordant([first[i] for i in indices], [correct[i] for i in indices])
+                difference = (only_this - only_first) / len(indices) * 100
+                cells = [f"{difference:+.2f}", p_text(mcnemar_exact(only_first, only_this))]
+            rows.append((f"  {name}", *score_cells(score), *cells))
+        chance = guessing([questions[i].choices for i in indices])
+        rows.append(("  guessing", percent(chance, 1)))
+    return align(rows, right=(1, 2, 3, 4, 5))
+
+
+def compare(path_a: str, path_b: str) -> str:
+    """Compare two predictions files: both accuracies, McNemar's exact test, and the questions that only one has right.
+
+    Questions without an answer are left out. Raises InputError if the files hold different questions.
+    """
+    questions, predicted_a = read_predictions(path_a)
+    questions_b, predicted_b = read_predictions(path_b)
+    require_same_questions(path_a, questions, path_b, questions_b)
+    scored = [i for i, question in enumerate(questions) if question.answer is not None]
+    if not scored:
+        raise InputError(f"{path_a}: none of the {len(questions)} questions has an answer; nothing to compare")
+    right = [[is_right(questions[i], predicted[i]) for i in scored] for predicted in (predicted_a, predicted_b)]
+    only_a, only_b = discordant(*right)
+    rows = [
+        (name, *score_cells(Score(sum(correct), len(scored))), path)
+        for name, correct, path in zip("AB", right, (path_a, path_b))
+    ]
+    lines = [align([("", "accuracy", "95% interval", "right", ""), *rows], right=(1, 2, 3))]
+    if len(scored) < len(questions):
+        lines.append(f"{len(questions) - len(scored)} questions have no answer and are not compared")
+    lines.append(verdict(only_a, only_b, "A", "B"))
+
+    changed: list[tuple[str, ...]] = [("", "id", "answer", "A's prediction", "B's prediction")]
+    for name, (winner, loser) in (("only A", right), ("only B", right[::-1])):
+        for i, won, lost in zip(scored, winner, loser):
+            if won and not lost:
+                cells = questions[i].id, questions[i].known_answer, predicted_a[i], predicted_b[i]
+                changed.append((name, *map(_one_line, cells)))
+    if len(changed) > 1:
+        lines += ["", align(changed)]
+    same_verdict = sum(predicted_a[i] != predicted_b[i] for i, a, b in zip(scored, *right) if a == b)
+    if same_verdict:
+        lines.append(f"answered differently, but both right or both wrong: {same_verdict}")
+    return "\n".join(lines)
+
+
+# ---- text ----
+
+
+def percent(part: float, whole: float) -> str:
+    """Format a share in percent with two decimals. MMAU's evaluation.py rounds this, not 100 * part / whole."""
+    return f"{part / whole * 100:.2f}%" if whole else "-"
+
+
+def interval_text(score: Score) -> str:
+    low, high = wilson_interval(*score)
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def score_cells(score: Score) -> tuple[str, str, str]:
+    """Format a score as three cells: accuracy, 95% interval, counts."""
+    return percent(*score), interval_text(score), f"{score.correct}/{score.total}"
+
+
+def p_text(p: float) -> str:
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def align(rows: Iterable[tuple[str, ...]], right=()) -> str:
+    """Format rows of texts as a table, one line a row. The columns in `right` are right-aligned.
+
+    Texts may come from anybody's question file, so control characters are made visible.
+    """
+    shown = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(len(row[c]) for row in shown if c < len(row)) for c in range(max(map(len, shown)))]
+    return "\n".join(
+        "  ".join(cell.rjust(widths[c]) if c in right else cell.ljust(widths[c]) for c, cell in enumerate(row)).rstrip()
+        for row in shown
+    )
+
+
+def visible(text: str) -> str:
+    """Spell out control characters, line ends and lone surrogates, so that a terminal does not obey them."""
+    return re.sub(r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split()) or "(empty)"
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _groups(questions: list[Question]) -> dict[str, list[int]]:
+    """Return the indices of all questions ("all") and of each task's questions."""
+    tasks = in_order({question.task for question in questions if question.task is not None})
+    groups = {task: [i for i, question in enumerate(questions) if question.task == task] for task in tasks}
+    return {"all": list(range(len(questions))), **groups}
+
+
+# ---- held-out questions ----
+
+
+def score_answers(questions: list[Question], answers: list[list[str]], template: str) -> tuple[float, float]:
+    """Return accuracy by MMAU's rule and the share of well-formed completions. answers: one completion a question."""
+    pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
+    correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
+    format_ = sum(format_reward(completion, template) for _, completion in pairs)
+    return correct / len(pairs), format_ / len(pairs)
+
+
+def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:
+    """Format named scores of score_answers, and the score of guessing, as aligned lines."""
+    chance = guessing([question.choices for question in questions])
+    lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
+    lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""Model folders: check them without loading weights, load them on every rank, save them."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
+from transformers.utils import logging
+
+from data import TEMPLATES
+from infra.errors import InputError
+from infra.files import begin_folder, finish_folder
+from infra.processes import SharedInputError, gather, memory_errors
+from model.lora import adapter_base, is_adapter, lora_layers, merge_adapter, save_adapter
+from model.qwen2_audio import freeze_position_table
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REMEMBERED = "aqa.json"  # file in a checkpoint, for the template: transformers and peft have no field for it
+
+
+# ---- check ----
+
+
+@contextmanager
+def loading_errors(name_or_path: str, expected: str = "a Qwen2-Audio model"):
+    """Inside `with`, turn every exception into an InputError."""
+    try:
+        yield
+    except Exception as error:  # transformers, safetensors and tokenizers raise exceptions of all types for bad files
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{name_or_path}: cannot be loaded as {expected} ({reason})") from None
+
+
+def check_model(name_or_path: str) -> None:
+    """Raise InputError unless a Hugging Face name or folder is a Qwen2-Audio model or a LoRA adapter of one.
+
+    Loads no weights.
+    """
+    if is_adapter(name_or_path):
+        base = adapter_base(name_or_path)
+        try:
+            if os.path.isabs(base) and not os.path.exists(base):
+                raise InputError("it does not exist")
+            check_model(base)
+        except RecursionError:
+            raise InputError(f"{name_or_path}: this adapter's bases are adapters of each other; name a model") from None
+        except InputError as error:
+            raise InputError(
+                f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "
+                "change base_model_name_or_path in adapter_config.json"
+            ) from None
+        return
+    if os.path.exists(name_or_path):
+        if not os.path.isfile(os.path.join(name_or_path, "config.json")):
+            raise InputError(f"{name_or_path}: not a model folder, it has no config.json")
+        _check_weight_files(name_or_path)
+    with loading_errors(name_or_path):
+        model_type = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).model_type
+        if model_type != "qwen2_audio":
+            raise ValueError(f"its config.json says {model_type}")
+
+
+def _check_weight_files(folder: str) -> None:
+    """Raise InputError unless a model folder has all of its weights as safetensors."""
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if os.path.isfile(index):
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+            missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index}: cannot be used ({type(error).__name__}: {error}); copy it again") from None
+        if missing:
+            raise InputError(
+                f"{folder}: {len(missing)} of {len(names)} weight files are missing, {missing[0]}; copy it again"
+            )
+    elif not os.path.isfile(os.path.join(folder, "model.safetensors")):
+        pickled = [name for name in sorted(os.listdir(folder)) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled:
+            found = f"only {pickled[0]}, a pickle, which could run code when it is opened; convert it to safetensors"
+            raise InputError(f"{folder}: has no model.safetensors, {found}")
+        raise InputError(f"{folder}: has no model.safetensors; is this the folder of a checkpoint?")
+
+
+# ---- load ----
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that --dtype names. "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    return DTYPES[("bfloat16" if device.type == "cuda" else "float32") if name == "auto" else name]
+
+
+def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
+    """Load a Qwen2-Audio model and its processor by Hugging Face name or folder. Raises InputError.
+
+    For the folder of a LoRA adapter, load the base model in `dtype` and merge the adapter into it. The model is in
+    eval mode and stays in eval mode in training: the same tokens must have the same log-probs each time.
+    """
+    check_model(name_or_path)
+    if is_adapter(name_or_path):
+        # On the CPU, so that the merged weights are the same everywhere.
+        model, _ = load_policy(adapter_base(name_or_path), dtype, torch.device("cpu"))
+        with loading_errors(name_or_path, "a LoRA adapter"):
+            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            merge_adapter(model, name_or_path)
+    else:
+        with loading_errors(name_or_path):
+            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            with _no_warnings():  # transformers would print a table of mismatched weights; we raise one line
+                both: Any = Qwen2AudioForConditionalGeneration.from_pretrained(
+                    name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True
+                )
+            model, loaded = both
+            if loaded["missing_keys"]:  # transformers would fill them with random numbers
+                raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
+    processor.tokenizer.padding_side = "left"
+    freeze_position_table(model)
+    return model.to(device).eval(), processor
+
+
+@contextmanager
+def _no_warnings():
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.device):
+    """Call load_policy on every rank and wait until all ranks have loaded, however slow some node is.
+
+    Raises SharedInputError if loading fails on any rank.
+    """
+    loaded = failure = None
+    try:
+        with memory_errors("loading the model"):
+            loaded = load_policy(name_or_path, dtype, device)
+    except InputError as error:
+        failure = str(error)
+    failures = [reason for reason in gather(failure) if reason]
+    if failures:
+        raise SharedInputError(failures[0])
+    return loaded
+
+
+# ---- save ----
+
+
+def save_checkpoint(folder: Path, model, processor, template: str | None = None) -> None:
+    """Write model and processor as a Hugging Face folder, or as a PEFT adapter's folder if the model has LoRA.
+
+    Replaces an existing folder of that name. `template`, which the model was trained with, is saved in REMEMBERED.
+    """
+    unfinished = begin_folder(folder)
+    if lora_layers(model):
+        save_adapter(model, unfinished)
+    else:
+        model.save_pretrained(unfinished, max_shard_size="5GB")
+    processor.save_pretrained(unfinished)
+    # safetensors writes files that only their owner can read, whatever the umask.
+    for weights in unfinished.glob("*.safetensors"):
+        weights.chmod((unfinished / "processor_config.json").stat().st_mode & 0o777)
+    if template:
+        (unfinished / REMEMBERED).write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
+    finish_folder(folder)
+
+
+def remembered_template(folder: str | Path) -> str | None:
+    """Return the template that a checkpoint was trained with; None if it has no REMEMBERED file. Raises InputError."""
+    file = Path(folder, REMEMBERED)
+    if not file.is_file():
+        return None
+    try:
+        template = json.loads(file.read_text(encoding="utf-8"))["template"]
+        if template not in TEMPLATES:
+            raise ValueError(f"no such template: {template!r:.100}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{file}: cannot be used ({reason}); repair it, or remove it and give --template") from None
+    return template

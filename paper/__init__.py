@@ -1,0 +1,1 @@
+"""The parts of reproduce.py: rows, commands, estimate and table of the paper's comparison."""

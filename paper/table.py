@@ -1,0 +1,201 @@
+"""The paper's table: results.json, table.md and table.png from the predictions of the finished rows."""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+from data import Question
+from evaluation import scores
+from evaluation.report import TASKS, escape_markdown
+from infra.files import replacing, write_text
+from paper.rows import ROWS, Job, jobs
+from reward import guessing
+
+# Accuracy on MMAU test-mini in percent (arXiv 2503.11197). Only rows whose method and template are those of the paper:
+# its SFT, for example, uses the template `direct`, ours uses `answer`.
+PAPER = {
+    "untouched_direct": {"sound": 54.95, "music": 50.98, "speech": 42.04, "average": 49.20},
+    "grpo_answer": {"sound": 69.37, "music": 66.77, "speech": 57.36, "average": 64.50},
+    "grpo_think": {"sound": 66.67, "music": 62.87, "speech": 53.75, "average": 61.10},
+}
+COMPARED = ("grpo_answer", "sft_full")  # the paper claims that the first is better
+
+# ---- numbers ----
+
+
+def results(finished: list[Job], toy: bool) -> dict:
+    """Score the finished jobs: for each row the figures of every seed, and their spread.
+
+    Accuracies, intervals and deviations are in percent. `average` is the accuracy over all questions, as in MMAU.
+    """
+    rights, questions = {}, []
+    for job in sorted(finished, key=lambda job: (ROWS.index(job.row), job.seed)):
+        questions, predictions = scores.read_predictions(str(job.predictions))
+        rights[job.row.name, job.seed] = [
+            scores.is_right(question, text) for question, text in zip(questions, predictions, strict=True)
+        ]
+    other_tasks = {question.task for question in questions if question.task is not None} - set(TASKS)
+    columns = [*TASKS, *scores.in_order(other_tasks), "average"]
+    rows = []
+    for row in ROWS:
+        seeds = {seed: _score(questions, own) for (name, seed), own in rights.items() if name == row.name}
+        spread = {}
+        for column in columns:
+            shares = [own[column]["accuracy"] for own in seeds.values() if column in own]
+            if shares:
+                spread[column] = {"mean": mean(shares), "min": min(shares), "max": max(shares)}
+                spread[column]["deviation"] = stdev(shares) if len(shares) > 1 else None
+        paper = None if toy else PAPER.get(row.name)
+        rows.append({"row": row.name, "title": row.title, "seeds": seeds, "spread": spread, "paper": paper})
+    tests = []
+    for seed in sorted({job.seed for job in finished}):
+        pair = [rights[name, seed] for name in COMPARED if (name, seed) in rights]
+        if len(pair) == len(COMPARED):
+            only_a, only_b = scores.discordant(*pair)
+            test = {"seed": seed, "a": COMPARED[0], "b": COMPARED[1], "only_a": only_a, "only_b": only_b}
+            tests.append(test | {"p": scores.mcnemar_exact(only_a, only_b)})
+    chance = 100 * guessing([question.choices for question in questions]) if questions else None
+    return {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows, "mcnemar": tests}
+
+
+def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
+    """Compute accuracy in percent with its 95% Wilson interval, for each task with questions and for all questions."""
+    total = scores.Score(sum(rights), len(rights))
+    figures = {}
+    for column, score in (scores.accuracy_by(questions, rights, "task") | {"average": total}).items():
+        low, high = scores.wilson_interval(*score)
+        figures[column] = {"accuracy": 100 * score.correct / score.total, "low": 100 * low, "high": 100 * high}
+        figures[column] |= {"right": score.correct, "questions": score.total}
+    return figures
+
+
+# ---- files ----
+
+
+def write_table(args: argparse.Namespace, finished: list[Job], picture: bool) -> str:
+    """Write results.json and table.md into args.out and, if asked for, table.png. Return the table's text."""
+    found, out = caption(args, finished) | results(finished, args.toy), Path(args.out)
+    text = markdown(args, found)
+    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
+    write_text(out / "table.md", text)
+    if picture and found["questions"]:
+        draw(out / "table.png", found, published=not args.toy)
+    return text
+
+
+def caption(args: argparse.Namespace, finished: list[Job]) -> dict:
+    """Collect the settings that results.json begins with."""
+    about = {"model": "the toy's, 0.8 million weights" if args.toy else args.model, "steps": args.steps}
+    about |= {"seeds": len({job.seed for job in finished}), "evaluated_on": args.mmau}
+    return about | ({"label_noise": args.label_noise, "heldout_noise": args.heldout_noise} if args.toy else {})
+
+
+def markdown(args: argparse.Namespace, found: dict) -> str:
+    """Format the table as in the paper, with notes above and McNemar's tests below. found: caption and results."""
+    columns, published = found["columns"], not args.toy
+    seeds_of = {row["row"]: row["seeds"] for row in found["rows"]}
+    last = max((seed for seeds in seeds_of.values() for seed in seeds), default=0)  # may be from an earlier call
+    asked = jobs(args, seeds=max(args.seeds, last + 1))
+    missing = [str(job) for job in asked if job.seed not in seeds_of[job.row.name]]
+    known = ("sound", "music", "speech", "average") if published else ()
+    table = [["", *map(escape_markdown, columns), *(f"paper: {column}" for column in known)]]
+    for row in found["rows"]:
+        cells = [_cell(row, column) for column in columns]
+        table.append([row["title"], *cells, *(_published(row, column) for column in known)])
+    if found["questions"]:
+        table.append(["guessing", *[""] * (len(columns) - 1), f"{found['guessing']:.2f}", *[""] * len(known)])
+
+    noise = f"; label noise {args.label_noise:g}, held-out noise {args.heldout_noise:g}" if args.toy else ""
+    lines = [
+        "# GRPO against supervised fine-tuning",
+        "",
+        escape_markdown(f"Model: {found['model']}. {found['questions']} questions of {args.mmau}{noise}."),
+        f"Every trained row: {args.steps} steps on the same questions in the same order, evaluated by its last "
+        "checkpoint, greedily, with the template it was trained with.",
+        "Accuracy in percent by MMAU's rule; average: over all questions. In brackets: 95% Wilson intervals.",
+    ]
+    if found["seeds"] > 1:
+        lines[-1] += f" Mean ± standard deviation over {found['seeds']} seeds (lowest to highest)."
+        lines[-1] += "" if args.toy else " The untouched model is the same for every seed."
+    if missing:
+        lines.append(f"Not finished: {', '.join(missing)}.")
+    if published:
+        lines.append("Paper: arXiv 2503.11197, MMAU test-mini; empty if the paper has no row of this template.")
+    lines += ["", *_lines(table), "", *verdicts(found)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def verdicts(found: dict) -> list[str]:
+    """Tell for each seed whether GRPO or supervised fine-tuning is better."""
+    titles = {row.name: row.title for row in ROWS}
+    return [
+        f"- seed {test['seed']}: "
+        + scores.verdict(test["only_a"], test["only_b"], titles[test["a"]], titles[test["b"]])
+        for test in found["mcnemar"]
+    ]
+
+
+def _cell(row: dict, column: str) -> str:
+    """Format a row's figure in a column; "-" if the row has not run yet or the column has no questions."""
+    spread = row["spread"].get(column)
+    if spread is None:
+        return "-"
+    if len(row["seeds"]) > 1:
+        return f"{spread['mean']:.2f} ± {spread['deviation']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+    (own,) = row["seeds"].values()
+    return f"{own[column]['accuracy']:.2f} [{own[column]['low']:.2f}, {own[column]['high']:.2f}]"
+
+
+def _published(row: dict, column: str) -> str:
+    return f"{row['paper'][column]:.2f}" if row["paper"] else ""
+
+
+def _lines(table: list[list[str]]) -> list[str]:
+    """Format a Markdown table whose source is aligned and easy to read, too."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = []
+    for first, *others in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]
+        lines.append(f"| {' | '.join(cells)} |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [lines[0], f"| {' | '.join(rule)} |", *lines[1:]]
+
+
+def draw(path: Path, found: dict, published: bool) -> None:
+    """Draw one bar per row: accuracy over all questions, with its interval or, for several seeds, a point per seed.
+
+    published: whether the paper's figures are drawn.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for y, row in enumerate(found["rows"]):
+        seeds = [own["average"] for own in row["seeds"].values()]
+        if not seeds:
+            continue
+        method = row["row"].split("_")[0]
+        color = {"untouched": "tab:gray", "sft": "tab:orange", "grpo": "tab:blue"}[method]
+        average = row["spread"]["average"]
+        axis.barh(y, average["mean"], color=color, alpha=0.65)
+        low, high = (seeds[0]["low"], seeds[0]["high"]) if len(seeds) == 1 else (average["min"], average["max"])
+        axis.hlines(y, low, high, color="black", linewidth=1.2)
+        if len(seeds) > 1:
+            axis.plot([own["accuracy"] for own in seeds], [y] * len(seeds), "k.", markersize=5)
+        axis.text(high + 1, y, f"{average['mean']:.1f}", va="center", fontsize=9)
+        if row["paper"]:
+            axis.plot(row["paper"]["average"], y, "D", color="tab:red", markersize=5)
+    axis.axvline(found["guessing"], color="gray", linestyle=":", linewidth=1)
+    axis.text(found["guessing"], -0.75, "guessing", color="gray", fontsize=8, ha="center")
+    axis.set_yticks(range(len(found["rows"])), [row["title"] for row in found["rows"]])
+    axis.set_ylim(len(found["rows"]) - 0.4, -0.95)
+    axis.set_xlim(0, 108)
+    shown = "lines: 95% intervals"
+    if found["seeds"] > 1:
+        shown = "lines: lowest to highest seed, or the 95% interval of a single one"
+    shown += "; diamonds: the paper" if published else ""
+    axis.set_xlabel(f"accuracy over all {found['questions']} questions (%); {shown}")
+    axis.grid(axis="x", alpha=0.3)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=100, format="png")

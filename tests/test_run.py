@@ -1,0 +1,216 @@
+"""The Run object: a step's questions, the checks before an update, the record and the saves of a step."""
+
+import copy
+import json
+import os
+import signal
+from functools import partial
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import grpo_aqa
+from data import Question, load_questions, step_indices
+from evaluation import scores
+from infra.errors import InputError
+from model.checkpoints import load_policy
+from policy import BadClip, data_parallel, encode_prompts
+from reward import format_reward, mmau_match, prediction
+from training import run as run_module
+from training.metrics import append_jsonl
+from training.optimizer import ShardedAdamW
+from training.run import Run, replace_bad
+from training.run_folder import step_folders
+
+CPU = torch.device("cpu")
+
+
+def settings(out, *flags):
+    """Five steps of three questions."""
+    given = ["--steps=5", "--prompts_per_rank=3", "--accumulation_steps=1", "--lr=0.5", "--max_new_tokens=4"]
+    return grpo_aqa.parse_args(["--model=m", "--data=d", f"--out={out}", *given, *flags])
+
+
+@pytest.fixture
+def begin(one_process, tiny, questions, tmp_path, monkeypatch):
+    """Starts a run in tmp_path / "run" on a copy of the tiny model, as grpo_aqa.train does."""
+    handler = signal.getsignal(signal.SIGTERM)
+    model, processor = tiny
+
+    def begin(*flags, asked=questions, start=True):
+        args = settings(tmp_path / "run", *flags)
+        checked = {"world_size": 1, "launchers": []}, asked, [], None
+        monkeypatch.setattr(run_module, "check_inputs", lambda *_: checked)
+        monkeypatch.setattr(run_module, "load_on_all_ranks", lambda *_: (copy.deepcopy(model).float(), processor))
+        run = Run(args, "GRPO", CPU)
+        policy, _ = run.load_policy()
+        data_parallel(policy, run.first_prompt(), run.recompute_layers)
+        optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+        run.start(optimizer, partial(step_indices, len(asked), prompts_per_rank=3, rank=0, seed=args.seed))
+        return run
+
+    yield begin
+    signal.signal(signal.SIGTERM, handler)
+
+
+def batches(run):
+    """The questions of each step that is left."""
+    found = []
+    for _ in run.steps():
+        found.append(run.next_batch()[0])
+        run.progress["position"] += run.batch_size
+    return found
+
+
+# ---- the questions of a step ----
+
+
+def test_each_question_comes_once_an_epoch(begin, questions):
+    run = begin()
+    seen = []
+    for step in run.steps():
+        batch, prompt = run.next_batch()
+        run.progress["position"] += run.batch_size
+        seen.append((step, batch, prompt))
+        assert list(run.clock.phases) == ["data"]
+    assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
+    asked = [question.id for _, batch, _ in seen for question in batch]
+    for epoch in range(0, 12, 4):
+        assert sorted(asked[epoch : epoch + 4]) == sorted(question.id for question in questions)
+    for _, batch, prompt in seen:
+        expected = encode_prompts(run.processor, batch, run.args.template)
+        assert all(torch.equal(prompt[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("done", [3, 5])
+def test_a_resumed_run_takes_the_steps_that_are_left(begin, monkeypatch, done):
+    whole = batches(begin())
+    run = begin()
+    monkeypatch.setattr(run_module, "open_run", lambda *_: None)
+    monkeypatch.setattr(run_module, "load_state", lambda *_: {"step": done, "position": 3 * done, "before": None})
+    run.state = "a state"
+    run.start(run.optimizer, run.order)
+    assert batches(run) == whole[done:]
+
+
+def test_sigterm_ends_the_steps(begin):
+    run = begin()
+    taken = []
+    for step in run.steps():
+        taken.append(step)
+        run.stopping = step == 2
+    assert taken == [1, 2]
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A question whose clip only turns out bad when it is decoded."""
+    soundfile.write(tmp_path / "silent.wav", np.zeros(8_000), 16_000)
+    return Question("bad", str(tmp_path / "silent.wav"), "What?", ["x", "y"], "x", place="d, line 9")
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_first_clip_may_be_bad(begin, questions, bad, skip):
+    """It is decoded before the first step, on which every rank begins alike."""
+    if not skip:
+        with pytest.raises(InputError, match=r"d, line 9: .*silent\.wav"):
+            begin(asked=[bad, *questions])
+        return
+    run = begin("--skip_bad_audio", asked=[bad, *questions])
+    asked = [question.id for batch in batches(run) for question in batch]
+    assert len(asked) == 15 and "bad" not in asked and list(run.bad_clips) == ["d, line 9"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_bad_clip_in_a_step(begin, questions, bad, skip):
+    """It ends the run with one line, or with --skip_bad_audio another question takes its place."""
+    run = begin(*["--skip_bad_audio"] * skip, asked=[*questions, bad])
+    if not skip:
+        with pytest.raises(InputError, match=r"^step [12]: d, line 9: .*silent\.wav: .*--resume --skip_bad_audio; "):
+            batches(run)
+        return
+    counted, asked = 0, []
+    for _ in run.steps():
+        asked += [question.id for question in run.next_batch()[0]]
+        counted += run.replaced.count("d, line 9")
+        run.progress["position"] += run.batch_size
+    assert counted == 3 and len(asked) == 15 and "bad" not in asked  # three epochs of five
+    assert list(run.bad_clips) == ["d, line 9"]
+
+
+def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
+    """After the last comes the first; which one it is does not depend on what else is known to be bad."""
+    questions = [Question(str(i), f"{i}.wav", "What?", ["x", "y"], "x", place=f"line {i}") for i in range(5)]
+    q, known = questions, {}
+    assert replace_bad(q, known, [q[0], q[3]], BadClip(q[3], "is silent")) == [q[0], q[4]]
+    assert replace_bad(q, known, [q[0], q[4]], BadClip(q[4], "is silent")) == [q[0], q[0]]
+    assert replace_bad(q, known, [q[1], q[3]], BadClip(q[3], "is silent")) == [q[1], q[0]]
+    assert known == {"line 3": "is silent", "line 4": "is silent"}
+    for i in (0, 1):
+        replace_bad(q, known, [q[i]], BadClip(q[i], "is silent"))
+    with pytest.raises(InputError, match="no question has a usable clip"):
+        replace_bad(q, known, [q[2]], BadClip(q[2], "is silent"))
+
+
+# ---- held-out questions ----
+
+
+def test_heldout_scores_are_those_of_the_completions(begin, mmau, clean, monkeypatch):
+    monkeypatch.setattr(scores, "prediction", lambda text: prediction(text) if "a" in text else "rain")
+    model, processor = load_policy(str(mmau / "model"), torch.float32, CPU)
+    questions = load_questions(str(mmau / "mmau.json"))
+    texts = [record["completion"] for record in json.loads(clean.read_text())]
+    right = [mmau_match(q.answer, scores.prediction(t), q.choices) for q, t in zip(questions, texts)]
+    expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
+    run = begin("--max_new_tokens=10")
+    assert run.progress["before"] is None  # without held-out questions
+    run.policy, run.processor, run.heldout = model, processor, questions
+    assert run._score_heldout() == expected and sum(right) > 0
+
+
+# ---- a step's end ----
+
+
+@pytest.mark.parametrize("loss, grad_norm", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
+def test_what_is_not_finite_stops_the_run(begin, loss, grad_norm):
+    run = begin()
+    run.step, run.batch = 4, run.questions[:2]
+    said = "^step 4: the (loss|norm of the gradient) is (not finite|nan|inf), with the questions 0, 1; .* no checkpoint"
+    with pytest.raises(InputError, match=said):
+        run.require_finite(loss, grad_norm)
+    run.require_finite(1.0, 1e30)
+
+
+def test_a_record_has_what_was_measured_and_none_where_nothing_was(begin):
+    run = begin()
+    steps = run.steps()
+    next(steps)
+    with run.clock("sample"):
+        pass
+    run.record(0.25, {"reward": 1.5, "kl": None}, shown=["reward", "kl", "seconds"])
+    [record] = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    expected = {"step": 1, "lr": 0.25, "reward": 1.5, "kl": None}
+    assert {key: record[key] for key in expected} == expected and not run.stopping and "preempted" not in record
+    assert 0 <= record["seconds_sample"] <= record["seconds"] < 60 and 0.05 < record["peak_memory_gb"] < 100
+    os.kill(os.getpid(), signal.SIGTERM)
+    run.record(0.25, {}, shown=[])
+    assert run.stopping and list(steps) == []
+
+
+def test_saves_come_when_due_and_when_stopping(begin, tmp_path):
+    run = begin("--save_every=2")
+    out = tmp_path / "run"
+
+    def saved():
+        return [[int(path.name[5:]) for path in step_folders(folder)] for folder in (out, out / "resume")]
+
+    seen = []
+    for run.step in range(1, 6):
+        append_jsonl(out / "metrics.jsonl", {"step": run.step})
+        run.stopping = run.step == 3
+        run.save_if_due()
+        seen.append(saved())
+    assert seen == [[[], []], [[2], [2]], [[2], [3]], [[2, 4], [4]], [[2, 4, 5], [5]]]  # the last step is due
+    assert run.progress == {"step": 5, "position": 15, "before": None}

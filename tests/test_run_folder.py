@@ -1,0 +1,230 @@
+"""Checkpoints and resume states: complete or not there, for any number of processes, and never mistaken for another."""
+
+import functools
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from forked import run_processes
+from training_runs import killed_in, lines, names
+
+from infra.errors import InputError
+from training import run_folder
+from training.optimizer import ShardedAdamW, clip_scale
+from training.run_folder import find_state, load_state, open_run, save_run, save_state, what_is_saved, writing_run
+
+# ---- what a run has saved ----
+
+
+def test_step_folders_are_the_complete_ones_by_step(tmp_path):
+    for name in ("step_1000000", "step_999999", "step_000002.unfinished", "step_000003.removed.unfinished", "step_x"):
+        (tmp_path / name).mkdir()
+    assert names(tmp_path) == ["step_999999", "step_1000000"]
+
+
+def test_the_message_for_a_failed_write(tmp_path, monkeypatch):
+    """It names the file, the reason, the free disk space, the newest checkpoint and the step to resume from."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_230_000_000))
+
+    def said():
+        with pytest.raises(InputError) as error, writing_run(tmp_path / "x.pt", tmp_path):
+            raise RuntimeError("failed\n  at position 7")
+        return str(error.value)
+
+    assert said().startswith(
+        f"{tmp_path}/x.pt: could not be written (failed at position 7), with 1.23 GB free; there is"
+    )
+    assert what_is_saved(tmp_path) == "there is no checkpoint yet"
+    (tmp_path / "step_000100").mkdir()
+    assert what_is_saved(tmp_path) == f"the last checkpoint is {tmp_path}/step_000100"
+    (tmp_path / "resume" / "step_000120").mkdir(parents=True)
+    assert f"the last checkpoint is {tmp_path}/step_000100, and --resume continues after step 120; check" in said()
+
+
+# ---- the resume state ----
+
+SHAPES = {f"layer{i}.{name}": shape for i in range(3) for name, shape in (("weight", (40, 30 + i)), ("bias", (40,)))}
+
+
+def save_with_two_load_with_others(rank, folder):
+    """Two processes take three steps and save; then four load the state, then one. Each writes what it has loaded."""
+    torch.set_num_threads(1)
+    for world_size in (2, 4, 1):
+        if rank >= world_size:
+            continue
+        store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        random_numbers = torch.Generator().manual_seed(world_size)  # others than those that are loaded
+        weights = {name: torch.randn(shape, generator=random_numbers) for name, shape in SHAPES.items()}
+        parameters = {name: torch.nn.Parameter(weight.bfloat16()) for name, weight in weights.items()}
+        optimizer, generator = ShardedAdamW(parameters), torch.Generator().manual_seed(10 * world_size + rank)
+        if world_size == 2:
+            for _ in range(3):
+                for parameter in parameters.values():
+                    parameter.grad = torch.randn(parameter.shape, generator=random_numbers).bfloat16()
+                optimizer.step(1e-3, clip_scale(optimizer.grad_norm(), 1.0))
+            save_state(Path(folder), {"step": 3, "position": 12, "before": [0.5, 1.0]}, optimizer, generator)
+            progress = None
+        else:
+            progress = load_state(Path(folder) / "resume" / "step_000003", optimizer, generator)
+        outcome = {"state": optimizer.state, "weights": {name: p.detach() for name, p in parameters.items()}}
+        outcome |= {"generator": generator.get_state(), "progress": progress}
+        torch.save(outcome, f"{folder}/{world_size}_{rank}.pt")
+        dist.destroy_process_group()
+
+
+def test_any_number_of_processes_loads_a_state(tmp_path):
+    run_processes(save_with_two_load_with_others, (str(tmp_path),), nprocs=4)
+    saved = [torch.load(tmp_path / f"2_{rank}.pt") for rank in range(2)]
+    expected = saved[0]["state"] | saved[1]["state"]
+    for world_size in (4, 1):
+        loaded = [torch.load(tmp_path / f"{world_size}_{rank}.pt") for rank in range(world_size)]
+        assert sorted(name for rank in loaded for name in rank["state"]) == sorted(SHAPES)
+        for rank in loaded:
+            torch.testing.assert_close(rank["state"], {name: expected[name] for name in rank["state"]}, rtol=0, atol=0)
+            torch.testing.assert_close(rank["weights"], saved[0]["weights"], rtol=0, atol=0)
+            progress = {"step": 3, "position": 12, "before": [0.5, 1.0]}
+            assert {key: rank["progress"][key] for key in progress} == progress
+        sequences = [rank["generator"].tolist() for rank in loaded]
+        assert sequences[:2] == [rank["generator"].tolist() for rank in saved][:world_size]
+        assert len(set(map(tuple, sequences))) == world_size  # each rank draws numbers of its own
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_state_is_one_clear_line(one_process, tmp_path, damage):
+    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(100, 100))}), torch.Generator()
+    save_state(tmp_path, {"step": 1}, optimizer, generator)
+    file = tmp_path / "resume" / "step_000001" / "rank_0.pt"
+    content = file.read_bytes()
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="step_000001: cannot be resumed from"):
+        load_state(file.parent, optimizer, generator)
+
+
+# ---- saving ----
+
+
+def test_too_little_disk_space_is_said_before_anything_is_written(one_process, tmp_path, tiny, monkeypatch):
+    """With the folder, what the save takes and what is free; with enough space the same save is made."""
+    policy, processor = tiny
+    (tmp_path / "metrics.jsonl").write_text("")
+    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
+    save = functools.partial(save_run, tmp_path, {"step": 1}, policy, processor, optimizer, generator, True, 0)
+    size = sum((12 + p.element_size()) * p.numel() for p in policy.parameters() if p.requires_grad)
+    monkeypatch.setattr(run_folder, "draw_curves", lambda out: None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    with pytest.raises(InputError, match=rf"{tmp_path}: .* takes 0\.0\d GB and {size / 1e9:.2f} GB are free"):
+        save()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size + 10**8))
+    save()
+    assert names(tmp_path) == names(tmp_path / "resume") == ["step_000001"]
+
+
+def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, tiny):
+    """Without it, the newest checkpoint would be dropped by --resume, and none would be left."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
+
+    def save(step):
+        save_run(tmp_path, {"step": step}, *tiny, optimizer, generator, checkpoint=True, keep_last=1)
+
+    save(1)
+    with killed_in(run_folder, "save_state"):
+        save(2)
+    assert names(tmp_path) == ["step_000001", "step_000002"] and names(tmp_path / "resume") == ["step_000001"]
+    save(3)
+    assert names(tmp_path) == names(tmp_path / "resume") == ["step_000003"]
+
+
+# ---- what a run continues from ----
+
+
+def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(one_process, tmp_path, tiny, capsys):
+    """A run that was killed before its first save has metrics and no state; so has one whose move was interrupted."""
+    out, config = tmp_path / "run", {"lr": 1.0, "world_size": 1, "launchers": []}
+
+    def start(config):
+        state = find_state(out, config, resume=True)
+        open_run(out, config, state, tiny[0])
+        return state
+
+    assert start(config) is None and "starting at step 1" in capsys.readouterr().out
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    (out / "resume" / "step_000002.unfinished").mkdir(parents=True)
+    assert start(config | {"lr": 2.0}) is None
+    assert json.loads((out / "config.json").read_text())["lr"] == 2.0
+    assert lines(out / "earlier_1" / "metrics.jsonl") == ['{"step": 1}']
+    assert not (out / "metrics.jsonl").exists() and list(tmp_path.rglob("*.unfinished")) == []
+    (out / "resume" / "step_000002").mkdir(parents=True)
+    (out / "config.json").unlink()
+    assert start(config) is None
+    assert (out / "earlier_2" / "resume" / "step_000002").exists()
+
+
+@pytest.fixture
+def saved(one_process, tmp_path):
+    """(folder, config, state) of a run saved after step 2, with a checkpoint of step 4 whose state was not finished."""
+    config = {"lr": 1.0, "world_size": 1, "launchers": ["node:1:2"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"version": run_folder.VERSION}))
+    for name in ("resume/step_000001", "resume/step_000002", "resume/step_000004.unfinished", "step_000004"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 5)))
+    return tmp_path, config, find_state(tmp_path, config, resume=True)
+
+
+def test_remains_of_a_save_make_room_before_the_disk_is_checked(saved, tiny, monkeypatch):
+    """Else a killed save could fill a disk that has room for two states, and no --resume would start."""
+    out, config, state = saved
+
+    def disk_usage(path):
+        return SimpleNamespace(free=10**12 if os.listdir(out / "resume") == ["step_000002"] else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    met = {"bad_clips_met": {"q.jsonl, line 2": "is silent"}}
+    (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | met))
+    open_run(out, config, state, tiny[0])
+    assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will come again
+    assert json.loads((out / "config.json").read_text()) == config | met | {"version": run_folder.VERSION}
+
+
+def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
+    out, config, state = saved
+    (out / "resume" / "step_000004.unfinished").rename(out / "resume" / "step_000004")
+    with pytest.raises(InputError, match="another job"):
+        open_run(out, config, state, tiny[0])
+    assert len(lines(out / "metrics.jsonl")) == 4 and names(out / "resume")[-1] == "step_000004"
+
+
+def test_the_same_questions_may_lie_elsewhere(saved):
+    out, config, state = saved
+    moved = {"data": "/scratch/job_7/q.jsonl", "audio_dir": "/scratch/job_7/wavs"}
+    assert find_state(out, config | moved, resume=True) == state
+    with pytest.raises(InputError, match="lr 1.0"):
+        find_state(out, config | moved | {"lr": 2.0}, resume=True)
+
+
+def test_a_folder_that_nodes_do_not_share_is_told_by_what_is_in_it(tmp_path):
+    """Not by a config.json of an earlier run; a network disk may show a new one late."""
+    path = tmp_path / "config.json"
+    assert not run_folder._appears(path, b"new", seconds=0.3)
+    path.write_text("old")
+    assert not run_folder._appears(path, b"new", seconds=0.3)
+    late = threading.Timer(0.3, path.write_text, ["new"])
+    late.start()
+    assert run_folder._appears(path, b"new", seconds=60)
+
+
+def test_only_the_same_torchrun_continues_unasked(saved):
+    out, config, state = saved
+    assert find_state(out, config | {"launchers": ["other:1:2", "node:1:2"]}, resume=False) == state
+    assert find_state(out, config | {"launchers": ["node:1:3"]}, resume=False) is None
+    assert find_state(out, config | {"launchers": []}, resume=False) is None  # without torchrun

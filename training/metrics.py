@@ -1,0 +1,148 @@
+"""metrics.jsonl and completions.jsonl of a run, written one line at a time, and curves.png drawn from metrics.jsonl."""
+
+import gc
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import Question, build_prompt
+from infra.files import replacing, write_text
+from reward import REWARDS
+
+# ---- one line at a time ----
+
+
+def append_jsonl(path: Path, record: dict) -> None:
+    """Add one JSON line to a file of a run folder, whole or not at all."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        # A path that is not UTF-8 holds halves of surrogate pairs; their escapes are JSON's own.
+        with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError:
+        os.truncate(path, size)
+        raise
+
+
+def cut_jsonl(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and an incomplete last line of a killed run.
+
+    Damaged lines are moved to path.damaged, so that they do not stop the run from continuing.
+    """
+    if not path.exists():
+        return
+    lines = _complete_lines(path)
+    records = [_parse_line(line) for line in lines]
+    damaged = [line + b"\n" for line, record in zip(lines, records) if record is None]
+    if damaged:
+        aside = f"{path}.damaged"
+        with open(aside, "ab") as file:
+            file.writelines(damaged)
+        print(f"{path}: {len(damaged)} of {len(lines)} lines are damaged; moved to {aside}", flush=True)
+    kept = [line.decode() + "\n" for line, record in zip(lines, records) if record and record["step"] <= step]
+    write_text(path, "".join(kept))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Return the undamaged records of a file of a run folder; none if there is no such file."""
+    return [record for record in map(_parse_line, _complete_lines(path)) if record] if path.exists() else []
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]
+
+
+def _parse_line(line: bytes) -> dict | None:
+    """Return the record of a step that append_jsonl wrote as this line; None for anything else."""
+    try:
+        record = json.loads(line.decode())
+        return record if type(record["step"]) is int and 0 < record["step"] < 2**53 else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def log_completions(
+    path: Path,
+    step: int,
+    questions: list[Question],
+    template: str,
+    texts: list[str],
+    scores: dict[str, Tensor],
+    rewards: Tensor,
+    advantages: Tensor,
+) -> None:
+    """Add B questions with their G completions each to completions.jsonl, one line per question.
+
+    texts: B * G completions. scores: each reward by name, rewards: their weighted sum, advantages: [B, G] each.
+    """
+    group_size = rewards.shape[1]
+    for b, question in enumerate(questions):
+        record = {
+            "step": step,
+            "id": question.id,
+            "audio": question.audio,
+            "prompt": build_prompt(question, template),
+            "answer": question.answer,
+            "completions": texts[b * group_size : (b + 1) * group_size],
+            "rewards": rewards[b].tolist(),
+        }
+        record |= {name: score[b].tolist() for name, score in scores.items()}
+        record["advantages"] = [round(advantage, 4) for advantage in advantages[b].tolist()]
+        append_jsonl(path, record)
+
+
+# ---- curves ----
+
+TITLES = {
+    "reward": "reward (weighted sum)",
+    "accuracy": "sampled training accuracy",
+    "format": "share of well-formed completions",
+    "kl": "KL to the reference (nats per token)",
+    "entropy": "policy entropy (nats per token)",
+    "completion_tokens": "completion length (tokens)",
+    "loss": "loss",
+    "grad_norm": "norm of the gradient before clipping",
+}
+
+
+def draw_curves(out: Path) -> None:
+    """Draw metrics.jsonl as curves.png: each metric over the steps as a thin line, its running mean as a thick one.
+
+    Non-numeric values become gaps: drawing never stops a run.
+    """
+    from matplotlib.figure import Figure  # imported here because it takes a second
+
+    metrics = read_jsonl(out / "metrics.jsonl")
+    steps = [m["step"] for m in metrics]
+    names = dict.fromkeys(["reward", *REWARDS, *TITLES])  # in this order, each once
+    shown = [name for name in names if any(name in m for m in metrics)]  # supervised fine-tuning has no rewards
+    if not shown:
+        return
+    columns = math.ceil(len(shown) / 2)
+    figure = Figure(figsize=(4 * columns, 6), layout="constrained")
+    axes = figure.subplots(2, columns, sharex=True, squeeze=False)
+    for axis, name in zip(axes.flat, shown):
+        values = torch.tensor([_number(m.get(name)) for m in metrics])
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        window = max(1, min(25, len(values) // 4))
+        smooth = values.unfold(0, window, 1).mean(-1)
+        axis.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
+        axis.set_title(TITLES.get(name, f"{name} reward"), fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    with replacing(out / "curves.png") as unfinished:
+        figure.savefig(unfinished, dpi=90, format="png")
+    del figure, axes, axis
+    gc.collect()  # a figure is full of reference cycles: some MB that would stay for long
+
+
+def _number(value) -> float:
+    """Return a metric as a number that can be drawn; NaN for anything else."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else math.nan

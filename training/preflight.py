@@ -1,0 +1,196 @@
+"""Checks before a model is loaded: the question file, the header and last sample of each clip, the prompts' lengths.
+
+Two thousand of 38,000 clips from the web may be missing or cut off. One message reports all problems before training
+starts.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor
+
+from data import Question, build_prompt, find_questions
+from infra.audio import SAMPLE_RATE, audio_seconds, load_audio
+from infra.errors import InputError, list_problems
+from infra.files import write_text
+from model.checkpoints import loading_errors
+from model.lora import base_of
+from model.qwen2_audio import TOKENS_PER_SECOND
+
+CACHE = "audio_headers.json"  # in a run folder
+MARKUP_TOKENS = 48  # upper bound of the chat markup's tokens
+SKIP = "; replace them, name their folder with --audio_dir, or go on without them with --skip_bad_audio"
+
+
+# ---- questions and clips ----
+
+
+@dataclass
+class Checked:
+    """The questions of a file after all checks."""
+
+    questions: list[Question]  # with an answer and a usable clip
+    skipped: dict[str, str]  # left-out questions by place: what is wrong with the clip
+    seconds: dict[str, float]  # length of each usable clip, by path
+
+
+def load_checked(
+    path: str, audio_dir: str | None, skip_bad_audio: bool, cache: Path | None = None, decode: bool = False
+) -> Checked:
+    """Read a question file and check that each question has an answer and a usable clip.
+
+    A clip is checked by its header, and with `decode` by all of its samples. The file `cache` remembers good headers by
+    path, size and time. With `skip_bad_audio`, questions without a usable clip are left out. Raises InputError, which
+    lists all problems of the file and of the clips.
+    """
+    questions, problems = find_questions(path, audio_dir)
+    problems += [f"{q.place}: has no answer; give it, or take this question out" for q in questions if q.answer is None]
+    paths = list(dict.fromkeys(question.audio for question in questions))
+    clips = decode_clips(paths) if decode else check_headers(paths, cache)
+    faults = {path: fault for path, (fault, _) in clips.items() if fault is not None}
+    skipped = {question.place: faults[question.audio] for question in questions if question.audio in faults}
+    usable = [question for question in questions if question.audio not in faults]
+    if problems:
+        problems += [] if skip_bad_audio else [f"{place}: {fault}" for place, fault in skipped.items()]
+        raise InputError(list_problems(problems))
+    if skipped and not (skip_bad_audio and usable):
+        raise InputError(bad_audio_report(skipped, len(questions), SKIP))
+    if skipped:
+        print(bad_audio_report(skipped, len(questions), "; going on without them"), flush=True)
+    return Checked(usable, skipped, {path: seconds for path, (_, seconds) in clips.items() if path not in faults})
+
+
+def bad_audio_report(faults: dict[str, str], total: int, remedy: str) -> str:
+    """Say how many of `total` questions have no usable clip, and list the first. faults: by the question's place."""
+    listed = [f"{place}: {fault}" for place, fault in faults.items()]
+    return list_problems(listed, f"{len(faults)} of {total} questions have no usable clip", remedy)
+
+
+def long_clips_note(seconds: Iterable[float], heard: float) -> str | None:
+    """Say how many clips the model hears only in part; None if it hears all of each. seconds: length of each clip."""
+    lengths = list(seconds)
+    cut = sum(length > heard for length in lengths)
+    if not cut:
+        return None
+    return f"{cut} of {len(lengths)} clips are longer than {heard:g} s: the model hears their first {heard:g} s"
+
+
+# ---- checking clips ----
+
+Clips = dict[str, tuple[str | None, float]]  # by path: what is wrong, None if nothing is; length in seconds
+
+
+def check_headers(paths: list[str], cache: Path | None = None) -> Clips:
+    """Check the header and the last sample of each clip, many at once.
+
+    The file `cache` remembers size, time and length of good clips, which are not opened again until size or time
+    change. A bad clip is opened again, because a disk that failed once may be back.
+    """
+    known = _read_cache(cache)
+
+    def check(path):
+        try:
+            stat = os.stat(path)
+            version = [stat.st_size, stat.st_mtime_ns]
+        except OSError:
+            version = None  # audio_seconds says what is wrong
+        entry = known.get(os.path.abspath(path))
+        if version and isinstance(entry, list) and entry[:2] == version and isinstance(entry[-1], float):
+            return entry, None
+        try:
+            return [*(version or ()), audio_seconds(path)], None
+        except InputError as error:
+            return None, str(error)
+
+    found = dict(zip(paths, _in_threads(check, paths, "checking audio headers")))
+    good = {os.path.abspath(path): entry for path, (entry, fault) in found.items() if fault is None}
+    if cache and not good.items() <= known.items():
+        write_text(cache, json.dumps(known | good) + "\n")
+    return {path: (fault, entry[-1] if entry else 0.0) for path, (entry, fault) in found.items()}
+
+
+def _read_cache(cache: Path | None) -> dict:
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8")) if cache else {}
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def decode_clips(paths: list[str]) -> Clips:
+    """Decode each clip and check all of its samples."""
+    return dict(zip(paths, _in_threads(_decode, paths, "checking audio")))
+
+
+def _decode(path: str) -> tuple[str | None, float]:
+    try:
+        return None, len(load_audio(path)) / SAMPLE_RATE
+    except InputError as error:
+        return str(error), 0.0
+
+
+def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str | None]]:
+    """Decode each clip. Return path -> (SHA-256 of the file or None if unreadable, what is wrong or None)."""
+
+    def check(path):
+        try:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
+        except OSError:
+            digest = None  # load_audio reports it
+        return digest, _decode(path)[0]
+
+    return dict(zip(paths, _in_threads(check, paths, "checking audio", bar)))
+
+
+def _in_threads(function, paths: list[str], what: str, bar: bool = True) -> list:
+    """Call the function for each path in threads: reading and decoding release Python's lock."""
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        return list(tqdm(pool.map(function, paths), desc=what, unit="clip", total=len(paths), delay=1, disable=not bar))
+
+
+# ---- what fits the model ----
+
+
+def heard_seconds(name_or_path: str) -> float:
+    """Return the seconds of a clip that a model hears: 30, or what a tiny model was made for. Loads no weights."""
+    with loading_errors(name_or_path):
+        config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
+        return config.audio_config.max_source_positions / 50  # 20 ms each
+
+
+def check_context(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int) -> None:
+    """Raise InputError if a prompt and its longest completion do not fit into the model's context. Loads no weights.
+
+    A prompt has at most as many text tokens as bytes, so tokens are counted only if the bytes do not fit.
+    """
+    base = base_of(name_or_path)
+    with loading_errors(name_or_path):
+        context = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().max_position_embeddings
+    if max_new_tokens >= context:
+        raise InputError(
+            f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"
+        )
+    spare = context - max_new_tokens - MARKUP_TOKENS
+    long = [q for q in questions if len(build_prompt(q, template).encode()) + 30 * TOKENS_PER_SECOND > spare]
+    if not long:
+        return
+    with loading_errors(name_or_path):
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    problems = []
+    for question in long:
+        text = processor.tokenizer(build_prompt(question, template))["input_ids"]
+        heard = min(audio_seconds(question.audio), processor.feature_extractor.chunk_length)
+        tokens = len(text) + int(heard * TOKENS_PER_SECOND)
+        if tokens > spare:
+            problems.append(
+                f"{question.place or question.id}: a prompt of {tokens} tokens and --max_new_tokens {max_new_tokens} "
+                f"are too long for the model's context of {context}; shorten or remove this question"
+            )
+    if problems:
+        raise InputError(list_problems(problems, f"{len(problems)} questions are too long" if problems[1:] else ""))

@@ -1,0 +1,328 @@
+"""The run around a training loop: everything in a training script that is not the algorithm.
+
+grpo_aqa.train and sft_aqa.train use one Run object:
+
+    run.load_policy()           load the policy and its processor
+    run.start(...)              make the run folder, or restore the state to resume from
+    run.steps()                 the steps that are left; ends early after SIGTERM
+    run.next_batch()            this rank's questions of the step, encoded ahead by a thread
+    run.clock("train")          measure a phase; name it if memory runs out
+    run.require_finite(...)     stop before a loss or gradient that is not finite reaches the weights
+    run.record(...)             metrics.jsonl and the progress bar
+    run.save_if_due()           checkpoint and resume state
+    run.finish()                score the held-out questions again, print the run folder
+"""
+
+import argparse
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from data import Question, digest
+from evaluation.answering import answer_questions
+from evaluation.scores import heldout_table, score_answers
+from infra.errors import SHOWN, InputError
+from infra.files import check_folder
+from infra.processes import (
+    Clock,
+    SharedInputError,
+    catch_sigterm,
+    exit_if_abandoned,
+    finish_together,
+    gather,
+    launchers,
+    mean_over_ranks,
+    memory_errors,
+    on_rank_0,
+    peak_memory_gb,
+    require_gpu_each,
+    setup_distributed,
+)
+from model.checkpoints import check_model, load_on_all_ranks, pick_dtype
+from model.lora import add_lora
+from model.qwen2_audio import Prompt, freeze_audio_tower
+from policy import BadClip, encode_ahead, listen, to_device
+from training.metrics import append_jsonl, log_completions
+from training.optimizer import ShardedAdamW
+from training.preflight import CACHE, Checked, check_context, heard_seconds, load_checked, long_clips_note
+from training.run_folder import find_state, load_state, note_bad_clips, open_run, save_run, what_is_saved, writing_run
+from training.settings import TOY_MODEL
+from training.toy_model import make_toy
+
+
+def run_training(args: argparse.Namespace, script: str, method: str, train) -> int:
+    """Join the other ranks, check the inputs and call train(args, run). Return the exit status."""
+    device = setup_distributed()[-1]
+
+    def work():
+        if args.model != TOY_MODEL:
+            require_gpu_each()
+        run = Run(args, method, device)
+        with memory_errors("the start"):  # later phases have names of their own
+            train(args, run)
+
+    return finish_together(script, work, interrupted=lambda: what_is_saved(Path(args.out)))
+
+
+class Run:
+    """One training run on one rank. All ranks call each method together."""
+
+    def __init__(self, args: argparse.Namespace, method: str, device: torch.device):
+        """Check the inputs before any weights are loaded. method: "GRPO" or "SFT". Raises SharedInputError."""
+        self.args, self.method, self.device = args, method, device
+        self.out = Path(args.out)
+        self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions per step, all ranks
+        started_by = launchers()
+        checked = on_rank_0(lambda: check_inputs(args, method, started_by))
+        self.config: dict = checked[0]
+        self.questions: list[Question] = checked[1]  # with a usable clip
+        self.heldout: list[Question] = checked[2]
+        self.state: Path | None = checked[3]  # the folder to resume from
+        recompute = args.gradient_checkpointing
+        self.recompute_layers: bool = device.type == "cuda" if recompute is None else recompute
+        self.bad_clips: dict[str, str] = {}  # found by this rank in training: what is wrong, by Question.place
+        self.progress: dict = {}  # step; position: questions used by all ranks; before: held-out scores before step 1
+        self.batch: list[Question] = []  # this rank's questions of the step
+        self.replaced: list[str] = []  # places of the step's questions that had a bad clip
+        self.stopping = False  # after a SIGTERM
+
+    # ---- start ----
+
+    def load_policy(self) -> tuple[Any, Any]:
+        """Load the policy, add LoRA or freeze the audio tower as the settings say. Return (policy, processor)."""
+        args = self.args
+        policy, processor = load_on_all_ranks(args.model, pick_dtype(args.dtype, self.device), self.device)
+        if args.freeze_audio_tower:
+            freeze_audio_tower(policy)
+        if args.lora_rank:
+            try:
+                add_lora(
+                    policy,
+                    args.model,
+                    rank=args.lora_rank,
+                    alpha=args.lora_alpha,
+                    dropout=args.lora_dropout,
+                    targets=[name.strip() for name in args.lora_targets.split(",") if name.strip()],
+                    freeze_audio_tower=args.freeze_audio_tower,
+                    seed=args.seed,
+                )
+            except InputError as error:
+                raise SharedInputError(str(error)) from None
+        self.policy, self.processor = policy, processor
+        return policy, processor
+
+    def first_prompt(self) -> Prompt:
+        """Encode one question, for the warm-up passes of data_parallel."""
+        _, prompt = next(self._encode(iter([self.questions[:1]])))
+        return to_device(prompt, self.device)
+
+    def start(self, optimizer: ShardedAdamW, order: Callable[[int], list[int]]) -> None:
+        """Make the run folder and score the held-out questions, or restore the state to resume from.
+
+        order(position) returns the indices of this rank's next questions. position: questions used so far by all ranks.
+        """
+        args, self.optimizer, self.order = self.args, optimizer, order
+        seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own random numbers
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        torch.manual_seed(seed)  # for dropout
+        open_run(self.out, self.config, self.state, self.policy)
+        if self.state:
+            self.progress = load_state(self.state, optimizer, self.generator)
+        else:
+            self.progress = {"step": 0, "position": 0, "before": self._score_heldout()}
+        self.preempted: threading.Event = catch_sigterm()
+        done = self.progress["step"]
+        self.bar = tqdm(desc=self.method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
+
+        first, last = self.progress["position"], self.progress["position"] + (args.steps - done) * self.batch_size
+        self.batches = self._encode(map(self._share, range(first, last, self.batch_size)))
+
+    def _share(self, position: int) -> list[Question]:
+        """Return this rank's questions of the step at a position of the data order."""
+        return [self.questions[i] for i in self.order(position)]
+
+    def _encode(self, shares: Iterator[list[Question]]) -> Iterator[tuple[list[Question], Prompt]]:
+        """Encode shares of questions ahead; with --skip_bad_audio, replace questions whose clip is bad."""
+        replace = partial(replace_bad, self.questions, self.bad_clips) if self.args.skip_bad_audio else None
+        return encode_ahead(self.processor, shares, self.args.template, replace=replace)
+
+    def _score_heldout(self) -> tuple[float, float] | None:
+        """Score greedy answers to the held-out questions, shared over the ranks: (accuracy, format), or None."""
+        if not self.heldout:
+            return None
+        args = self.args
+        with memory_errors("the held-out questions"):
+            answers = answer_questions(
+                self.policy,
+                self.processor,
+                self.heldout,
+                args.template,
+                args.max_new_tokens,
+                batch_size=4 * args.prompts_per_rank,  # one completion per question instead of a group
+                cuda_graph=args.cuda_graph,
+            )
+        return score_answers(self.heldout, answers, args.template)
+
+    # ---- a step ----
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of each step that is left, until SIGTERM announces the end of the job."""
+        for step in range(self.progress["step"] + 1, self.args.steps + 1):
+            if self.stopping:
+                return
+            self.step, self.clock = step, Clock(self.device)
+            yield step
+
+    def next_batch(self) -> tuple[list[Question], Prompt]:
+        """Return this rank's questions of the step, and their prompts on the device."""
+        with self.clock("data"):
+            try:
+                self.batch, prompt = next(self.batches)
+            except BadClip as error:
+                remedy = "or go on without such clips, with --resume --skip_bad_audio"
+                raise InputError(f"step {self.step}: {error}, {remedy}; {what_is_saved(self.out)}") from None
+            prompt = to_device(prompt, self.device)
+        planned = self._share(self.progress["position"])
+        self.replaced = [old.place for old, new in zip(planned, self.batch) if old is not new]
+        if self.args.freeze_audio_tower:
+            with self.clock("listen"):
+                prompt = listen(self.policy, prompt)  # once for sampling, reference and training
+        return self.batch, prompt
+
+    def require_finite(self, loss: float, grad_norm: float) -> None:
+        """Raise SharedInputError, with the weights unchanged, if a rank's loss or the gradient is not finite."""
+        finite = mean_over_ranks({"loss": float(math.isfinite(loss))}, self.device)["loss"] == 1
+        if finite and math.isfinite(grad_norm):
+            return
+        fault = f"the norm of the gradient is {grad_norm}" if finite else "the loss is not finite"
+        suspects = self.batch if finite or not math.isfinite(loss) else []
+        ids = [name for part in gather([question.id for question in suspects]) for name in part]
+        listed = ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+        raise SharedInputError(
+            f"step {self.step}: {fault}, with the questions {listed}; the weights are as before the step and nothing "
+            f"was saved; {what_is_saved(self.out)}; look at these questions, or lower --lr"
+        )
+
+    def record(self, lr: float, metrics: dict, shown: list[str]) -> None:
+        """Write the step's metrics to metrics.jsonl, averaged over the ranks, and some of them to the progress bar.
+
+        A metric that is None stays None. Sets `stopping` on all ranks if a rank had a SIGTERM.
+        """
+        values = {name: value for name, value in metrics.items() if value is not None}
+        values |= {"seconds": self.clock.total()}
+        values |= {f"seconds_{phase}": spent for phase, spent in self.clock.phases.items()}
+        values |= {"peak_memory_gb": peak_memory_gb(self.device), "preempted": float(self.preempted.is_set())}
+        values |= {"replaced_questions": float(len(self.replaced))} if self.args.skip_bad_audio else {}
+        means = mean_over_ranks(values, self.device)
+        exit_if_abandoned()
+        self.stopping = means.pop("preempted") > 0
+        record = {"step": self.step, "lr": lr} | metrics | means
+        if self.args.skip_bad_audio:
+            record["replaced_questions"] = round(means["replaced_questions"] * dist.get_world_size())  # of all ranks
+            if record["replaced_questions"]:
+                met = gather({place: self.bad_clips[place] for place in self.replaced})
+                new = {place: fault for part in met for place, fault in part.items()}
+                on_rank_0(lambda: note_bad_clips(self.out, self.step, new))
+        if dist.get_rank() == 0:
+            with writing_run(self.out / "metrics.jsonl", self.out):
+                append_jsonl(self.out / "metrics.jsonl", record)
+        self.bar.set_postfix({name: "off" if record[name] is None else f"{record[name]:.3g}" for name in shown})
+        self.bar.update()
+
+    def log_completions(self, texts: list[str], scores: dict[str, Tensor], rewards: Tensor, advantages: Tensor) -> None:
+        """Write rank 0's completions of the step to completions.jsonl, every --log_completions_every steps."""
+        if self.step % self.args.log_completions_every == 0 and dist.get_rank() == 0:
+            path = self.out / "completions.jsonl"
+            with writing_run(path, self.out):
+                log_completions(path, self.step, self.batch, self.args.template, texts, scores, rewards, advantages)
+
+    def save_if_due(self) -> None:
+        """Count the step as done. If it is time, save a checkpoint and the state; after a SIGTERM, the state."""
+        self.progress |= {"step": self.step, "position": self.progress["position"] + self.batch_size}
+        due = self.step % self.args.save_every == 0 or self.step == self.args.steps
+        if due or self.stopping:
+            save_run(
+                self.out,
+                self.progress,
+                self.policy,
+                self.processor,
+                self.optimizer,
+                self.generator,
+                checkpoint=due,
+                keep_last=self.args.keep_last,
+                template=self.args.template,
+            )
+
+    def finish(self) -> None:
+        """Score the held-out questions again and print the run folder; after a SIGTERM, print how to continue."""
+        self.bar.close()
+        step = self.progress["step"]
+        if step < self.args.steps:
+            if dist.get_rank() == 0:
+                print(f"\nSIGTERM: stopped after step {step}; --resume continues from there", flush=True)
+            return
+        after = self._score_heldout()
+        if dist.get_rank() == 0:
+            print(f"\nmetrics, curves and checkpoints: {self.out}")
+            if self.heldout:
+                scores = {f"before {self.method}": self.progress["before"], f"after {self.method}": after}
+                print(f"\n{heldout_table(self.heldout, scores)}")
+
+
+# ---- before and beside the steps ----
+
+
+def check_inputs(
+    args: argparse.Namespace, method: str, started_by: list[str]
+) -> tuple[dict, list[Question], list[Question], Path | None]:
+    """Make the toy if it is asked for, and check all inputs before any weights are loaded. Raises InputError.
+
+    Returns the run's config.json, the questions, the held-out questions, and the state to resume from if there is one.
+    """
+    if args.model == TOY_MODEL:
+        make_toy(Path(TOY_MODEL).parent)
+    check_folder(Path(args.out))
+    check_model(args.model)
+    training = load_checked(args.data, args.audio_dir, args.skip_bad_audio, Path(args.out, CACHE))
+    heldout = Checked([], {}, {})
+    if args.heldout:  # few enough to decode all of them
+        heldout = load_checked(args.heldout, None, args.skip_bad_audio, decode=True)
+    if note := long_clips_note((training.seconds | heldout.seconds).values(), heard_seconds(args.model)):
+        print(note, flush=True)
+    check_context(args.model, training.questions + heldout.questions, args.template, args.max_new_tokens)
+    config = vars(args) | {
+        "method": method,
+        "heldout": args.heldout and os.path.abspath(args.heldout),  # eval_mmau.py finds it from any folder
+        "questions_digest": digest(training.questions),
+        "skipped_questions": len(training.skipped),
+        "skipped_heldout": len(heldout.skipped),
+        "bad_clips_met": {},  # bad clips that were found in training: what is wrong, by question's place
+        "world_size": dist.get_world_size(),
+        "launchers": started_by,
+    }
+    return config, training.questions, heldout.questions, find_state(Path(args.out), config, args.resume)
+
+
+def replace_bad(
+    questions: list[Question], bad_clips: dict[str, str], batch: list[Question], error: BadClip
+) -> list[Question]:
+    """Return the batch with another question in place of the one whose clip is bad: the next good one of the file.
+
+    Adds the bad clip to bad_clips. Which question replaces it depends on the file and its clips alone, so a resumed run
+    trains on the same questions. Raises InputError if no good clip is left.
+    """
+    bad_clips[error.question.place] = error.fault
+    start = next(i for i, question in enumerate(questions) if question is error.question)
+    for other in questions[start + 1 :] + questions[:start]:
+        if other.place not in bad_clips:
+            return [other if question is error.question else question for question in batch]
+    raise InputError(f"no question has a usable clip; {error}")
