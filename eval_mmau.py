@@ -38,7 +38,6 @@ from evaluation.predictions import (
 )
 from evaluation.report import checkpoint_report, run_report, write_html
 from evaluation.scores import compare
-from infra.audio import audio_seconds
 from infra.errors import InputError
 from infra.files import free_bytes, writing
 from infra.flags import ON_OFF, Parser
@@ -175,13 +174,12 @@ def make_plan(args: argparse.Namespace) -> Plan:
     checkpoints = on_rank_0(lambda: find_checkpoints(args.ckpt))
     records, questions = on_rank_0(lambda: read_data(args.data, args.audio_dir, args.limit))
     templates = on_rank_0(lambda: choose_templates(args.template, checkpoints))
-    digests, errors = read_clips(questions, args.skip_bad_audio)
+    digests, errors, seconds = read_clips(questions, args.skip_bad_audio)
     usable = {i: question for i, question in enumerate(questions) if i not in errors}
     for checkpoint in checkpoints:
         asked, template = list(usable.values()), templates[checkpoint]
         on_rank_0(lambda: check_context(checkpoint, asked, template, args.max_new_tokens))
-    lengths = map(audio_seconds, {question.audio for question in usable.values()})
-    if dist.get_rank() == 0 and (text := long_clips_note(lengths, heard_seconds(checkpoints[0]))):
+    if dist.get_rank() == 0 and (text := long_clips_note(seconds, heard_seconds(checkpoints[0]))):
         print(text)
     return Plan(checkpoints, templates, records, questions, digests, errors, usable)
 
@@ -223,18 +221,18 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
     return [record for _, record in placed[:limit]], questions[:limit]
 
 
-def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[str | None], dict[int, str]]:
+def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[str | None], dict[int, str], list[float]]:
     """Decode all clips, shared over the ranks.
 
-    Returns the digest of each question's clip, and for questions with an unusable clip, by index, what is wrong. Raises
-    SharedInputError if a clip is unusable, unless skip_bad_audio.
+    Returns the digest of each question's clip; for questions with an unusable clip, by index, what is wrong; and the
+    seconds of each usable clip. Raises SharedInputError if a clip is unusable, unless skip_bad_audio.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     paths = list(dict.fromkeys(question.audio for question in questions))
     checked = {}
     for part in gather(digest_clips(paths[rank::ranks], bar=rank == 0)):
         checked |= part
-    digests, reasons = zip(*(checked[question.audio] for question in questions))
+    digests, reasons, _ = zip(*(checked[question.audio] for question in questions))
     errors = {i: reason for i, reason in enumerate(reasons) if reason is not None}
     faults = {questions[i].place: reason for i, reason in errors.items()}
     if errors and not skip_bad_audio:
@@ -242,7 +240,7 @@ def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[st
         raise SharedInputError(bad_audio_report(faults, len(questions), remedy))
     if errors and rank == 0:
         print(bad_audio_report(faults, len(questions), " and count as wrong; the predictions file names them all"))
-    return list(digests), errors
+    return list(digests), errors, [seconds for _, reason, seconds in checked.values() if reason is None]
 
 
 # ---- evaluate ----

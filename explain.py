@@ -13,7 +13,6 @@ import math
 import re
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from grpo_aqa import (
     make_reference,
     make_rollouts,
     score_completions,
+    total_reward,
 )
 from infra.errors import InputError
 from infra.files import write_text
@@ -40,14 +40,13 @@ from policy import (
     completion_logprobs,
     data_parallel,
     decode_text,
-    encode_ahead,
     listen,
     sample_group,
     stop_token_ids,
     to_device,
 )
 from training.optimizer import ShardedAdamW, clip_scale
-from training.run import Run, replace_bad
+from training.run import Run, encode_questions
 
 LOOK_THROUGH = 16  # questions, to find one whose completions have different rewards
 
@@ -63,10 +62,9 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     generator = torch.Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
     stop_ids, first, bad_clips = stop_token_ids(policy, processor), None, dict[str, str]()
-    replace = partial(replace_bad, questions, bad_clips) if args.skip_bad_audio else None
     count = min(LOOK_THROUGH, len(questions))
     for number, i in enumerate(step_indices(len(questions), 0, count, 0, args.seed), start=1):
-        [question], prompt = next(encode_ahead(processor, iter([[questions[i]]]), args.template, replace=replace))
+        [question], prompt = next(encode_questions(processor, questions, iter([[questions[i]]]), args, bad_clips))
         if question is not questions[i]:
             print(f"{questions[i].place}: {bad_clips[questions[i].place]}; another question takes its place")
         prompt = to_device(prompt, device)
@@ -77,7 +75,7 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
         )
         texts = decode_text(processor, completions, mask)
         scores = score_completions(texts, [question], args.template, list(args.reward_weights))
-        rewards = sum((weight * scores[name] for name, weight in args.reward_weights.items()), torch.zeros(()))
+        rewards = total_reward(scores, args.reward_weights)
         group = Group(question, prompt, completions, mask, texts, scores, rewards)
         if (rewards != rewards[0, 0]).any():
             return group, number

@@ -57,6 +57,11 @@ def score_completions(
     return scores
 
 
+def total_reward(scores: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """Add up the weighted rewards of each completion, [B, G] each -> [B, G]."""
+    return torch.stack([weight * scores[name] for name, weight in weights.items()]).sum(dim=0)
+
+
 def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     """Compute the advantage of each completion over its group, [B, G] -> [B, G] in float32.
 
@@ -98,20 +103,21 @@ def grpo_loss(
     Also returns stats without gradient: clip_fraction, the share of tokens that lose their gradient to clipping, and kl
     in nats per token. Both are means over completions of means over tokens in all variants, so that variants compare.
     """
-    mask = mask.bool()
-    logprobs, old_logprobs = logprobs.float().masked_fill(~mask, 0), old_logprobs.float().masked_fill(~mask, 0)
+    mask = mask.bool()  # [N, T]
+    logprobs = logprobs.float().masked_fill(~mask, 0)  # [N, T]
+    old_logprobs = old_logprobs.float().masked_fill(~mask, 0).detach()  # [N, T]
     own_lengths = mask.sum(dim=1).clamp(min=1)  # [N]
 
     def mean_over_completions(per_token: Tensor, lengths: Tensor | float = own_lengths) -> Tensor:
         return ((per_token * mask).sum(dim=1) / lengths).mean()  # [N, T] -> [N] -> scalar
 
     advantages = advantages.float()[:, None]  # [N, 1]
-    log_rho = logprobs - old_logprobs.detach()  # [N, T]
+    log_rho = logprobs - old_logprobs  # [N, T]
     if ratio == "sequence":
         log_rho = log_rho.sum(dim=1, keepdim=True) / own_lengths[:, None]  # [N, 1]
-    rho = log_rho.exp()  # [N, T], or [N, 1] for a sequence ratio
+    rho = log_rho.exp()  # [N, T] or [N, 1]
     gain = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)  # [N, T] or [N, 1]
-    per_token_loss = -gain
+    per_token_loss = -gain  # [N, T] or [N, 1]
 
     stats = {}
     if beta != 0:
@@ -119,7 +125,7 @@ def grpo_loss(
         log_ref_ratio = ref_logprobs.float().masked_fill(~mask, 0).detach() - logprobs  # [N, T]
         kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [N, T]
         per_token_loss = per_token_loss + beta * kl  # [N, T]
-        stats["kl"] = mean_over_completions(kl.detach())
+        stats["kl"] = mean_over_completions(kl.detach())  # scalar
 
     clipped = ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))  # [N, T] or [N, 1]
     stats["clip_fraction"] = mean_over_completions(clipped.float())
@@ -273,7 +279,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
 
         # 3. Rewards: a weighted sum, [B, G].
         scores = score_completions(texts, questions, args.template, list(args.reward_weights))
-        rewards = sum((weight * scores[name] for name, weight in args.reward_weights.items()), torch.zeros(()))
+        rewards = total_reward(scores, args.reward_weights)
 
         # 4. Advantages within each group, [B, G].
         advantages = group_advantages(rewards, args.normalize_std)

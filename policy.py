@@ -5,9 +5,9 @@ Prompts are padded on the left and completions on the right, so the two meet wit
 prompt are consecutive rows: row b * G + g is completion g of prompt b.
 
 One idea makes this fast. A prompt is mostly audio and has hundreds of tokens, a completion has about a dozen, and the
-G completions of a group share their prompt. So each prompt goes through the model once, and only the completions run
-on its keys and values: in sampling, in the reference pass, and in the training pass, because the shared keys and
-values pass gradients on.
+G completions of a group share their prompt. So in each pass a prompt goes through the model once, and only the
+completions run on its keys and values. That holds for sampling, the reference pass and the training pass, because
+shared keys and values pass gradients on.
 """
 
 import copy

@@ -16,7 +16,7 @@ from evaluation.contact_sheet import CLIPS, draw_contact_sheet, pick
 from infra.errors import InputError
 from infra.files import check_folder
 from infra.flags import Parser
-from training.preflight import load_checked
+from training.preflight import load_checked, long_clips_note
 from training.toy_model import FOLDER, HEARD_SECONDS, MEL_BINS, STEPS, make_base, make_world, paths
 
 
@@ -78,8 +78,10 @@ def main() -> None:
     if os.path.exists(args.out):
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     check_folder(Path(args.out))
-    questions = load_checked(args.questions, args.audio_dir, args.skip_bad_audio, decode=True).questions
-    make_base(questions, Path(args.out), args.seed, args.steps, args.random_answers)
+    checked = load_checked(args.questions, args.audio_dir, args.skip_bad_audio, decode=True)
+    if note := long_clips_note(checked.seconds.values(), HEARD_SECONDS):
+        print(note, flush=True)
+    make_base(checked.questions, Path(args.out), args.seed, args.steps, args.random_answers)
     print(f"base model: {args.out}")
 
 

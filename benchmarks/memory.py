@@ -216,7 +216,7 @@ PARTS = {
 }
 
 
-def describe(args: argparse.Namespace) -> str:
+def describe_run(args: argparse.Namespace) -> str:
     trained = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "full fine-tuning"
     return (
         f"{trained}, {args.clip_seconds:g} s clips, "
@@ -229,7 +229,7 @@ def describe(args: argparse.Namespace) -> str:
 def memory_table(args: argparse.Namespace) -> str:
     """Make a Markdown table of the cards that a run on 1, 4 or 8 GPUs fits, with and without a reference."""
     lines = [
-        f"Qwen2-Audio-7B in bfloat16: {describe(args)}.",
+        f"Qwen2-Audio-7B in bfloat16: {describe_run(args)}.",
         f"1 GB is 1e9 bytes; {FOR_CUDA} GB of each card are left for the CUDA context and NCCL.",
         "",
         f"| beta | GPUs | peak per GPU | {' | '.join(f'{card} GB card' for card in CARDS)} |",
@@ -253,7 +253,7 @@ def bench_memory(args: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("what", "table", "out")}
     result: dict = {"gpu": gpu, **versions(), "settings": settings}
     result["counted_gb"] = count(qwen2_audio_7b(), torch.bfloat16, args.gpus, args)
-    print(f"Qwen2-Audio-7B in bfloat16 on {args.gpus} GPUs: {describe(args)}\n\ncounted GB per GPU")
+    print(f"Qwen2-Audio-7B in bfloat16 on {args.gpus} GPUs: {describe_run(args)}\n\ncounted GB per GPU")
     print(*(f"  {label:<45}{result['counted_gb'][name]:8.2f}" for name, label in PARTS.items()), sep="\n", flush=True)
     if gpu:
         result |= measure(qwen2_audio_7b(), torch.bfloat16, args, torch.device("cuda"))

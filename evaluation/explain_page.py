@@ -1,6 +1,6 @@
-"""Show the report of explain.py as text in a terminal, or as a web page.
+"""Show the story of explain.py as text in a terminal, or as a web page.
 
-A report is a list of parts. Each part is a title and its blocks: paragraphs (str), Verbatim, Table and Colored.
+A story is a list of parts. Each part is a title and its blocks: paragraphs (str), Verbatim, Table and Colored.
 """
 
 import textwrap
@@ -50,7 +50,7 @@ def num(value: float, digits: int = 4, signed: bool = False) -> str:
 
 
 def to_text(parts: list[tuple[str, list]]) -> str:
-    """Format a report for a terminal."""
+    """Format a story for a terminal."""
     lines = []
     for title, blocks in parts:
         lines += ["", title, "-" * len(title), ""]
@@ -82,7 +82,7 @@ def _table_as_text(table: Table) -> str:
 
 
 def to_html(parts: list[tuple[str, list]], title: str) -> str:
-    """Format a report as one page, without scripts or links to other files."""
+    """Format a story as one page, without scripts or links to other files."""
     sections = "".join(
         f"<section>\n<h2>{_e(heading)}</h2>\n{''.join(map(_block_as_html, blocks))}</section>\n"
         for heading, blocks in parts

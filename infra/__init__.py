@@ -1,1 +1,1 @@
-"""Ground floor: errors, files, clips, command lines and ranks. Knows nothing of questions, models or training."""
+"""Ground floor, below questions, models and training: errors, files, clips, command lines, ranks."""

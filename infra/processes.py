@@ -280,9 +280,8 @@ def memory_errors(phase: str):
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        message = str(
-            error
-        )  # from torch's allocator, from CUDA or NCCL, which use the memory that torch leaves, or cuBLAS
+        # The message is from torch's allocator, from CUDA or NCCL, which use the memory that torch leaves, or cuBLAS.
+        message = str(error)
         on_gpu = "out of memory" in message or "ALLOC_FAILED" in message
         if not (on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in message):
             raise

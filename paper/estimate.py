@@ -13,6 +13,7 @@ from infra.errors import InputError
 from infra.files import free_bytes
 from model.checkpoints import pick_dtype
 from model.lora import add_lora, base_of
+from model.qwen2_audio import freeze_position_table
 from paper.rows import LORA_RANK, NAMES, Job, jobs, read_record
 from training.metrics import read_jsonl
 from training.run_folder import checkpoint_bytes, state_bytes
@@ -95,7 +96,7 @@ def sizes(model: str) -> dict[bool, Size]:
     with torch.device("meta"):
         shapes: Any = Qwen2AudioForConditionalGeneration(config)
         shapes.to(dtype)
-    shapes.model.audio_tower.embed_positions.requires_grad_(False)  # load_policy freezes them, too
+    freeze_position_table(shapes)  # load_policy freezes them, too
 
     full = Size(checkpoint_bytes(shapes), state_bytes(shapes))
     targets = LORA_TARGETS.split(",")

@@ -263,6 +263,23 @@ def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monk
     assert f"grpo_aqa.py: error: out of GPU memory in phase '{phase}': " in last and flag in last and "2.00 GiB" in last
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(home, run):
+    """The loss is finite. No weight changes: the run continues from its state as if nothing had happened."""
+    fault = (
+        "def poison(ddp_policy, *args, **kwargs):\n"
+        "    weight = next(p for p in ddp_policy.parameters() if p.requires_grad)\n"
+        "    weight.register_hook(lambda gradient: gradient * float('inf'))\n"
+        "at(3, grpo_aqa, 'accumulate_gradients', poison)\n"
+        "def step(*args, **kwargs): raise AssertionError('the optimizer took a step')\n"
+        "at(3, grpo_aqa.ShardedAdamW, 'step', step)"
+    )
+    done = run("infinite", fault=fault)
+    assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
+    said = r"error: step 4: the norm of the gradient is (inf|nan), with the questions q\d, q\d;"
+    assert re.search(said, errors(done)[0])
+    assert [folder.name for folder in step_folders(home / "infinite")] == ["step_000002"]
+
+
 # ---- bad clips, met in the middle ----
 
 

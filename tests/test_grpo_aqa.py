@@ -1,10 +1,12 @@
 """Rewards of groups; group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
 
+import json
 import math
 from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from data import Question
@@ -270,3 +272,28 @@ def test_constant_length_and_no_deviation_make_the_plain_policy_gradient(exact):
         for t in range(mask.shape[1]):
             expected = -weight / (6 * 16) if mask[i, t] else 0.0
             assert logprobs.grad[i, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+# ---- the loop ----
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_learning_rate_decays_linearly_to_zero(runs):
+    assert [m["lr"] for m in metrics(runs / "reference")] == pytest.approx([1e-3 * (8 - i) / 8 for i in range(8)])
+
+
+def test_the_gradient_is_clipped(runs, forker):
+    """AdamW's step has the size of the learning rate, unless the gradient is as small as its epsilon, 1e-8."""
+    flags = ["--model=base", "--data=questions.jsonl", "--steps=1", "--prompts_per_rank=4", "--max_new_tokens=8",
+             "--lr=1e-3", "--beta=0", "--seed=1"]  # fmt: skip
+    base, moved = load_file(runs / "base" / "model.safetensors"), {}
+    for norm in ("1", "1e-11"):
+        done = forker.run(runs, ["grpo_aqa.py", *flags, f"--max_grad_norm={norm}", f"--out=clipped_{norm}"])
+        assert done.returncode == 0, done.stderr
+        weights = load_file(runs / f"clipped_{norm}" / "step_000001" / "model.safetensors")
+        moved[norm] = max((weights[name] - weight).abs().max().item() for name, weight in base.items())
+        assert metrics(runs / f"clipped_{norm}")[0]["grad_norm"] > 1e-3  # before clipping
+    assert moved["1"] == pytest.approx(1e-3, rel=0.01) and 0 < moved["1e-11"] < 1e-5

@@ -39,7 +39,7 @@ def begin(one_process, tiny, questions, tmp_path, monkeypatch):
     handler = signal.getsignal(signal.SIGTERM)
     model, processor = tiny
 
-    def begin(*flags, asked=questions, start=True):
+    def begin(*flags, asked=questions):
         args = settings(tmp_path / "run", *flags)
         checked = {"world_size": 1, "launchers": []}, asked, [], None
         monkeypatch.setattr(run_module, "check_inputs", lambda *_: checked)

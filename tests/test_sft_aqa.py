@@ -143,7 +143,7 @@ def test_parts_and_processes_do_not_change_the_gradient(questions, tmp_path):
 # ---- the command ----
 
 
-def test_a_run_on_two_processes(tmp_path, questions, tiny):
+def test_a_run_on_two_ranks(tmp_path, questions, tiny):
     tiny[0].float().save_pretrained(tmp_path / "base")
     tiny[0].double()  # as other tests expect it
     tiny[1].save_pretrained(tmp_path / "base")
@@ -162,6 +162,7 @@ def test_a_run_on_two_processes(tmp_path, questions, tiny):
     assert [m["step"] for m in metrics] == list(range(1, 13)) and None not in metrics[0].values()
     expected = {"loss", "entropy", "grad_norm", "lr", "completion_tokens", "seconds_data", "seconds_train", "seconds"}
     assert expected <= set(metrics[0])
+    assert [m["lr"] for m in metrics] == pytest.approx([3e-3 * (12 - i) / 12 for i in range(12)])
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]  # four questions, whose answers are all the same
     assert json.loads((out / "config.json").read_text())["method"] == "SFT"
     assert (out / "curves.png").stat().st_size > 10_000

@@ -135,8 +135,10 @@ def draw_curves(out: Path) -> None:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
+    if len(shown) % 2:  # nothing is below the last panel of the first row
+        axes[1, -1].set_axis_off()
+        axes[0, -1].tick_params(labelbottom=True)
+        axes[0, -1].set_xlabel("step")
     with replacing(out / "curves.png") as unfinished:
         figure.savefig(unfinished, dpi=90, format="png")
     del figure, axes, axis

@@ -90,7 +90,7 @@ class ShardedAdamW:
 def clip_scale(grad_norm: float, max_grad_norm: float) -> float:
     """Return the factor, at most 1, that scales a gradient of norm `grad_norm` down to `max_grad_norm`.
 
-    Raises FloatingPointError if the norm is infinite or NaN.
+    Raises FloatingPointError if the norm is infinite or NaN. Training stops before that, in Run.require_finite.
     """
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the norm of the gradient is {grad_norm}")

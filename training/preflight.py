@@ -135,15 +135,15 @@ def _decode(path: str) -> tuple[str | None, float]:
         return str(error), 0.0
 
 
-def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str | None]]:
-    """Decode each clip. Return path -> (SHA-256 of the file or None if unreadable, what is wrong or None)."""
+def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str | None, float]]:
+    """Decode each clip. Return path -> (SHA-256 of the file or None if unreadable, what is wrong or None, seconds)."""
 
     def check(path):
         try:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest() if os.path.isfile(path) else None
         except OSError:
             digest = None  # load_audio reports it
-        return digest, _decode(path)[0]
+        return digest, *_decode(path)
 
     return dict(zip(paths, _in_threads(check, paths, "checking audio", bar)))
 
@@ -176,8 +176,8 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
         raise InputError(
             f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"
         )
-    spare = context - max_new_tokens - MARKUP_TOKENS
-    long = [q for q in questions if len(build_prompt(q, template).encode()) + 30 * TOKENS_PER_SECOND > spare]
+    spare, longest = context - max_new_tokens - MARKUP_TOKENS, heard_seconds(name_or_path)
+    long = [q for q in questions if len(build_prompt(q, template).encode()) + longest * TOKENS_PER_SECOND > spare]
     if not long:
         return
     with loading_errors(name_or_path):
@@ -185,7 +185,7 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
     problems = []
     for question in long:
         text = processor.tokenizer(build_prompt(question, template))["input_ids"]
-        heard = min(audio_seconds(question.audio), processor.feature_extractor.chunk_length)
+        heard = min(audio_seconds(question.audio), longest)
         tokens = len(text) + int(heard * TOKENS_PER_SECOND)
         if tokens > spare:
             problems.append(

@@ -3,12 +3,14 @@
 grpo_aqa.train and sft_aqa.train use one Run object:
 
     run.load_policy()           load the policy and its processor
+    run.first_prompt()          encode one question, for the warm-up of DistributedDataParallel
     run.start(...)              make the run folder, or restore the state to resume from
     run.steps()                 the steps that are left; ends early after SIGTERM
     run.next_batch()            this rank's questions of the step, encoded ahead by a thread
     run.clock("train")          measure a phase; name it if memory runs out
     run.require_finite(...)     stop before a loss or gradient that is not finite reaches the weights
     run.record(...)             metrics.jsonl and the progress bar
+    run.log_completions(...)    completions.jsonl
     run.save_if_due()           checkpoint and resume state
     run.finish()                score the held-out questions again, print the run folder
 """
@@ -122,7 +124,8 @@ class Run:
 
     def first_prompt(self) -> Prompt:
         """Encode one question, for the warm-up passes of data_parallel."""
-        _, prompt = next(self._encode(iter([self.questions[:1]])))
+        shares = iter([self.questions[:1]])
+        _, prompt = next(encode_questions(self.processor, self.questions, shares, self.args, self.bad_clips))
         return to_device(prompt, self.device)
 
     def start(self, optimizer: ShardedAdamW, order: Callable[[int], list[int]]) -> None:
@@ -144,16 +147,12 @@ class Run:
         self.bar = tqdm(desc=self.method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
 
         first, last = self.progress["position"], self.progress["position"] + (args.steps - done) * self.batch_size
-        self.batches = self._encode(map(self._share, range(first, last, self.batch_size)))
+        shares = map(self._share, range(first, last, self.batch_size))
+        self.batches = encode_questions(self.processor, self.questions, shares, args, self.bad_clips)
 
     def _share(self, position: int) -> list[Question]:
         """Return this rank's questions of the step at a position of the data order."""
         return [self.questions[i] for i in self.order(position)]
-
-    def _encode(self, shares: Iterator[list[Question]]) -> Iterator[tuple[list[Question], Prompt]]:
-        """Encode shares of questions ahead; with --skip_bad_audio, replace questions whose clip is bad."""
-        replace = partial(replace_bad, self.questions, self.bad_clips) if self.args.skip_bad_audio else None
-        return encode_ahead(self.processor, shares, self.args.template, replace=replace)
 
     def _score_heldout(self) -> tuple[float, float] | None:
         """Score greedy answers to the held-out questions, shared over the ranks: (accuracy, format), or None."""
@@ -191,8 +190,9 @@ class Run:
                 remedy = "or go on without such clips, with --resume --skip_bad_audio"
                 raise InputError(f"step {self.step}: {error}, {remedy}; {what_is_saved(self.out)}") from None
             prompt = to_device(prompt, self.device)
-        planned = self._share(self.progress["position"])
-        self.replaced = [old.place for old, new in zip(planned, self.batch) if old is not new]
+        if self.args.skip_bad_audio:
+            planned = self._share(self.progress["position"])
+            self.replaced = [old.place for old, new in zip(planned, self.batch) if old is not new]
         if self.args.freeze_audio_tower:
             with self.clock("listen"):
                 prompt = listen(self.policy, prompt)  # once for sampling, reference and training
@@ -235,7 +235,7 @@ class Run:
         if dist.get_rank() == 0:
             with writing_run(self.out / "metrics.jsonl", self.out):
                 append_jsonl(self.out / "metrics.jsonl", record)
-        self.bar.set_postfix({name: "off" if record[name] is None else f"{record[name]:.3g}" for name in shown})
+        self.bar.set_postfix({SHORT.get(name, name): _short(record[name]) for name in shown})
         self.bar.update()
 
     def log_completions(self, texts: list[str], scores: dict[str, Tensor], rewards: Tensor, advantages: Tensor) -> None:
@@ -280,6 +280,12 @@ class Run:
 
 # ---- before and beside the steps ----
 
+SHORT = {"completion_tokens": "tokens", "seconds": "s/step"}  # names on the progress bar
+
+
+def _short(value: float | None) -> str:
+    return "off" if value is None else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
 
 def check_inputs(
     args: argparse.Namespace, method: str, started_by: list[str]
@@ -310,6 +316,21 @@ def check_inputs(
         "launchers": started_by,
     }
     return config, training.questions, heldout.questions, find_state(Path(args.out), config, args.resume)
+
+
+def encode_questions(
+    processor,
+    questions: list[Question],
+    batches: Iterator[list[Question]],
+    args: argparse.Namespace,
+    bad_clips: dict[str, str],
+) -> Iterator[tuple[list[Question], Prompt]]:
+    """Encode batches of the questions ahead. With --skip_bad_audio, replace questions whose clip is bad.
+
+    Adds the bad clips to bad_clips: what is wrong, by Question.place.
+    """
+    replace = partial(replace_bad, questions, bad_clips) if args.skip_bad_audio else None
+    return encode_ahead(processor, batches, args.template, replace=replace)
 
 
 def replace_bad(

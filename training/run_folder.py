@@ -252,7 +252,7 @@ def load_state(folder: Path, optimizer, generator: torch.Generator) -> dict:
             own = ranks[dist.get_rank()]
             generator.set_state(own["generator"])
             for device, default in _default_generators(generator).items():
-                if device in own.get("dropout", {}):  # older states have none
+                if device in own["dropout"]:  # a state that was saved on a CPU has none for a GPU
                     default.set_state(own["dropout"][device])
     except pickle.UnpicklingError:  # its own message advises to trust the file
         raise InputError(

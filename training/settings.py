@@ -40,7 +40,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     shown = " ".join(f"--{name} {value}" for name, value in toy_defaults.items())
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE] [settings]",
-        description=f"{description} Without --model, train the toy, which needs no GPU. Defaults of the toy: {shown}, "
+        description=f"{description} Without --model, the toy, which needs no GPU. Its defaults: {shown}, "
         f"--prompts_per_rank {TOY_PROMPTS} / ranks.",
     )
 
@@ -53,7 +53,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("model", None, "Hugging Face name or folder of a Qwen2-Audio model")
     add("data", None, "training questions: an R1-AQA, AVQA, MMAU or plain file")
     add("audio_dir", None, "folder of relative audio paths [the question file's]")
-    add("heldout", None, "questions to score greedily before and after training")
+    add("heldout", None, "questions to score before and after training; audio paths start from their file's folder")
     add("out", None, f"run folder [{defaults['out']}]")
     add("steps", 1000, "training steps")
     add("prompts_per_rank", 2, "questions per rank and step")
