@@ -1,4 +1,4 @@
-"""Shared by the tests: a tiny Qwen2-Audio with random weights, questions about clips, an evaluation, a training run."""
+"""Fixtures that tests share: a tiny random Qwen2-Audio, questions about clips, an evaluation, a training run."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from data import Question
 from infra import processes
 from training import toy_model
 
-torch.set_num_threads(1)  # two cores that wait for each other are slower on tensors this small
+torch.set_num_threads(1)  # on such small tensors two threads are slower: they wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -32,27 +32,27 @@ def questions(tmp_path_factory) -> list[Question]:
 
 @pytest.fixture(scope="session")
 def tiny(questions):
-    """(model, processor): random weights, float64 so that two ways of computing agree to many digits."""
+    """Return (model, processor). The weights are random, in float64: two ways of computing agree to many digits."""
     model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     return model.double(), processor
 
 
 @pytest.fixture(scope="session")
 def config(tiny):
-    """The tiny model's shape."""
+    """The tiny model's configuration."""
     return tiny[0].config
 
 
 @pytest.fixture
 def exact(monkeypatch):
-    """Every step in float64, also those that say float32 (RMSNorm, the log-softmax): no rounding hides a mistake."""
+    """Compute all in float64, even if the code asks for float32 (RMSNorm, log-softmax): rounding hides no mistake."""
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.fixture
-def one_process(monkeypatch):
-    """This process as a group of its own."""
+def one_rank(monkeypatch):
+    """Make this process the only rank of a process group."""
     monkeypatch.setattr(processes, "_patient_group", None)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
@@ -61,14 +61,14 @@ def one_process(monkeypatch):
 
 @pytest.fixture(scope="session")
 def forker():
-    """Runs commands that share the imports of one process."""
+    """A Forker. It runs commands without importing torch for each of them."""
     with Forker() as forker:
         yield forker
 
 
 @pytest.fixture(scope="session")
 def mmau(tmp_path_factory):
-    """A folder with `model/`, of random weights, and `mmau.json`: 20 questions about clips of 0.3 to 2 s."""
+    """A folder with `model/` (random weights) and `mmau.json` (20 questions about clips of 0.3 to 2 s)."""
     folder = tmp_path_factory.mktemp("mmau")
     make_home(folder)
     return folder
@@ -76,7 +76,7 @@ def mmau(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def clean(mmau):
-    """The predictions file of an evaluation that nothing disturbed."""
+    """The predictions file of an undisturbed evaluation."""
     assert evaluate(*arguments(mmau, mmau / "clean.json")) == 0
     assert not list(mmau.glob("clean*partial*"))
     return mmau / "clean.json"
@@ -84,7 +84,7 @@ def clean(mmau):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A folder with `base/`, `questions.jsonl` and a whole training run of 2 processes in `reference/`."""
+    """A folder with `base/`, `questions.jsonl` and a complete training run on 2 ranks in `reference/`."""
     folder = tmp_path_factory.mktemp("runs")
     make_runs(folder)
     return folder

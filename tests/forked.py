@@ -1,4 +1,4 @@
-"""Processes without the seconds that importing torch and transformers takes: one does, and becomes each by a fork."""
+"""Start processes fast: one process imports torch and transformers, and each new process is a fork of it."""
 
 import json
 import multiprocessing
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # the same sums every time
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # equal sums in every run
 multiprocessing.set_forkserver_preload(["transformers.models.qwen2_audio.modeling_qwen2_audio", "peft"])
 
 
 def run_processes(function, args, nprocs):
-    """Call function(rank, *args) in processes of their own, to the good end of all of them."""
+    """Call function(rank, *args) in `nprocs` new processes and wait for them. Raises if one fails."""
     mp.start_processes(function, args, nprocs, start_method="forkserver")
 
 
@@ -53,7 +53,7 @@ for line in sys.stdin:
 
 
 class Forker:
-    """Use it in a `with`."""
+    """Run commands as forks of one process that has imported the scripts. Use it in a `with`."""
 
     def __enter__(self):
         self.process = subprocess.Popen(
@@ -68,7 +68,7 @@ class Forker:
         self.process.wait()
 
     def run(self, folder, argv, code=None) -> Ended:
-        """A command in `folder`: the script argv[0] of this project, or `code` in its place."""
+        """Run the script argv[0] of this project in `folder`, or `code` in its place."""
         code = code or f"import runpy; runpy.run_path({str(ROOT / argv[0])!r}, run_name='__main__')"
         self.process.stdin.write(json.dumps([str(folder), list(map(str, argv)), code]) + "\n")
         self.process.stdin.flush()

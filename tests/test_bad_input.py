@@ -1,6 +1,6 @@
-"""What is wrong with what a user gives: one line that names the place and the remedy, and nothing half-written.
+"""Bad input ends a command with one line that names the place and the remedy, and leaves nothing half-written.
 
-Every case is a command as a user types it, and everything but one thing about it is right.
+Every case is a command as a user types it, with one mistake.
 """
 
 import json
@@ -29,7 +29,7 @@ def changed(record, **fields):
     return json.dumps(record | fields)
 
 
-# ---- the question file: its name, what it holds, what the line names ----
+# ---- question files: case -> (content or a function that makes the file, part of the message) ----
 
 LINE = "questions.jsonl, line 2: "
 QUESTION_FILES = {
@@ -71,11 +71,11 @@ QUESTION_FILES = {
 }
 
 
-# ---- the second question's clip ----
+# ---- the second question's clip: case -> (file name, content or a function that makes it, part of the message) ----
 
 
 def cut(name, share):
-    """Makes a clip of which only a share of the bytes is there."""
+    """Return a function that writes only the first `share` of a clip's bytes."""
 
     def make(path):
         whole = path.with_name(f"whole_{name}")
@@ -96,7 +96,7 @@ CLIPS = {
     "a FLAC cut off": ("x.flac", cut("a.flac", 0.7), "was cut off"),
     "an MP3 cut off": ("x.mp3", cut("a.mp3", 0.7), "was cut off"),
     "an Ogg cut off": ("x.ogg", cut("a.ogg", 0.7), "was cut off"),
-    "damaged within": ("x.flac", None, "cannot be read as audio"),  # made below; its header and end are good
+    "damaged within": ("x.flac", None, "cannot be read as audio"),  # written by make_clip; header and end are good
     "0 samples": ("x.wav", (np.zeros(0), 16_000), "has 0 ms"),
     "5 ms": ("x.wav", (LOUD[:80], 16_000), "has 5 ms"),
     "one hour": ("x.wav", (np.tile(LOUD, 75), 1_000), "lasts 3600 s"),
@@ -108,7 +108,7 @@ CLIPS = {
     "192 kHz": ("x.wav", (LOUD, 192_000), "192000 Hz"),
 }
 
-# ---- the model, the folder of results, the settings ----
+# ---- models, output folders, settings: case -> (command, part of the message) ----
 
 DATA = ["--data", "good.jsonl"]
 EVALUATE = ["eval_mmau.py", "--max_new_tokens", "4", *DATA]
@@ -167,7 +167,7 @@ BAR = re.compile(r"\d+%\|.*\]$")
 
 
 def make_models(folder, questions):
-    """A model folder `base`, and others in which one thing is wrong."""
+    """Write a good model folder `base`, and others with one fault each."""
     model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     model.save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")
@@ -222,14 +222,14 @@ def make_clip(path, content):
 
 
 def files(folder):
-    """All files below a folder but the commands' own output, with their sizes."""
+    """Return path -> size of all files below a folder, without the commands' own output."""
     found = {path: path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()}
     return {path: size for path, size in found.items() if path.name not in ("stdout", "stderr")}
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, questions, forker):
-    """Each command run in a folder of its own: name -> (exit status, standard error, the files it left)."""
+    """Run each command in a folder of its own. Returns name -> (exit status, stderr, files before, files after)."""
     models = tmp_path_factory.mktemp("models")
     make_models(models, questions)
     folders, before = {}, {}
@@ -237,7 +237,7 @@ def ended(tmp_path_factory, questions, forker):
         folder = folders[name] = tmp_path_factory.mktemp("case")
         for path in models.iterdir():
             (folder / path.name).symlink_to(path)
-        if "_run" in " ".join(COMMANDS[name]):  # a run that must not be harmed
+        if "_run" in " ".join(COMMANDS[name]):  # copies, because the command must leave these runs as they are
             for run in ("old_run", "cut_run", "young_run"):
                 (folder / run).unlink()
                 shutil.copytree(models / run, folder / run)
@@ -265,18 +265,18 @@ def test_there_are_many_cases():
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_one_line_and_nothing_half_written(ended, name):
-    status, said, before, after = ended[name]
-    # A progress bar is drawn over itself; what follows a carriage return takes the place of what was there.
-    lines = [line.split("\r")[-1] for line in said.splitlines()]
+def test_a_mistake_gives_one_line_and_leaves_nothing_half_written(ended, name):
+    status, stderr, before, after = ended[name]
+    # A progress bar is drawn over itself: only the text after the last carriage return stays visible.
+    lines = [line.split("\r")[-1] for line in stderr.splitlines()]
     lines = [line for line in lines if line.strip() and not BAR.search(line)]
-    told = [line for line in lines if not line.startswith("  ")]  # below it, one line for each of several problems
-    assert status in (1, 2), said
-    assert len(told) == 1 and f"{COMMANDS[name][0]}: error: " in told[0], said
-    assert NAMED[name] in " ".join(lines), said
+    first_lines = [line for line in lines if not line.startswith("  ")]  # indented lines list several problems
+    assert status in (1, 2), stderr
+    assert len(first_lines) == 1 and f"{COMMANDS[name][0]}: error: " in first_lines[0], stderr
+    assert NAMED[name] in " ".join(lines), stderr
     if name.startswith("clip"):
-        assert "questions.jsonl, line 2: " in " ".join(lines) and "--skip_bad_audio" in told[0]
-    assert {path: size for path, size in after.items() if path in before} == before  # what was there is as it was
+        assert "questions.jsonl, line 2: " in " ".join(lines) and "--skip_bad_audio" in first_lines[0]
+    assert {path: size for path, size in after.items() if path in before} == before  # existing files are unchanged
     added = [path for path in after if path not in before]
     assert not [path for path in added if "unfinished" in str(path) or "step_" in str(path)]
     assert {path.name for path in added} <= {"config.json", "audio_headers.json"}

@@ -1,4 +1,4 @@
-"""What happens to a run on a cluster: jobs that are ended early, processes that die, slow disks, several nodes."""
+"""Runs on a cluster: jobs that end early, workers that die, several nodes, errors that end all ranks together."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ from training_runs import (
     state,
 )
 
-# ---- a job that is ended early ----
+# ---- jobs that end early ----
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["torchrun", "one worker"])
 def test_sigterm_saves_and_resume_continues(runs, to):
-    """Whoever gets the signal, all ranks stop after the same step, with a state of that step and a message."""
+    """All ranks stop after the same step, save its state and print a message, whichever process got the signal."""
     out = f"ended_{to.replace(' ', '_')}"
     with Start(runs, out, save_every=100) as start:
         start.wait_until(lambda: start.new_steps() >= 2)
@@ -36,7 +36,7 @@ def test_sigterm_saves_and_resume_continues(runs, to):
     assert [m["step"] for m in metrics(runs / out)] == list(range(1, step + 1))
     assert printed.count(f"SIGTERM: stopped after step {step}; --resume continues from there") == 1
     assert to == "torchrun" or start.process.returncode == 0
-    assert "[rank" not in start.errors()  # no worker's traceback; torchrun itself always ends with one
+    assert "[rank" not in start.errors()  # no traceback of a worker; torchrun always prints its own
     finish(runs, out, "--resume")
     assert metrics(runs / out) == metrics(runs / "reference")
     assert_same_weights(runs / out / "step_000008", runs / "reference" / "step_000008")
@@ -44,7 +44,7 @@ def test_sigterm_saves_and_resume_continues(runs, to):
 
 @pytest.mark.slow
 def test_dead_workers_are_replaced(runs):
-    """torchrun starts all processes again, and they continue from the newest state without being told to."""
+    """torchrun starts all ranks again, and they continue from the newest state without --resume."""
     with Start(runs, "restarted", torchrun=("--standalone", "--max_restarts=3")) as start:
         for rank, step in enumerate((2, 4)):
             start.wait_until((runs / "restarted" / "resume" / f"step_{step:06d}").exists)
@@ -55,7 +55,7 @@ def test_dead_workers_are_replaced(runs):
 
 
 def test_workers_do_not_outlive_torchrun(runs):
-    """They notice at their next step, and leave the folder to whoever resumes the run."""
+    """Workers notice at their next step that torchrun is gone, and end: a resumed run has the folder for itself."""
     with Start(runs, "abandoned", steps=10_000, save_every=10_000) as start:
         start.wait_until(lambda: start.new_steps() >= 2)
         workers = start.workers()
@@ -73,23 +73,23 @@ def test_workers_do_not_outlive_torchrun(runs):
 
 @pytest.mark.slow
 def test_two_nodes_train_like_one(runs):
-    """Two torchruns of one process each, on one machine, are one run of two processes."""
+    """Two torchruns with one rank each, on one machine, make the same run as one torchrun with two ranks."""
     port = free_port()
     meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=x")
     with (
-        Start(runs, "nodes", processes=1, torchrun=meet) as one,
-        Start(runs, "nodes", processes=1, torchrun=meet) as other,
+        Start(runs, "nodes", ranks=1, torchrun=meet) as one,
+        Start(runs, "nodes", ranks=1, torchrun=meet) as other,
     ):
         printed = one.finish() + other.finish()
     assert printed.count("metrics, curves and checkpoints: nodes") == 1
     assert_same_run(runs / "nodes", runs / "reference")
 
 
-# ---- failing together ----
+# ---- ending together ----
 
 
 def test_a_user_mistake_ends_all_ranks_with_one_line(runs):
-    """Found by rank 0 alone, printed once, and no rank is left waiting."""
+    """Rank 0 alone finds the mistake. The line is printed once, and no rank is left waiting."""
     with Start(runs, "mistake", data="none.jsonl") as start:
         start.finish(code=1)
     errors = [line for line in start.errors().splitlines() if "error: none.jsonl: no such question file" in line]

@@ -1,4 +1,4 @@
-"""The same rollouts give the same parameters on one rank, two and four, in one part and in several."""
+"""The same rollouts give the same parameters on one, two and four ranks, in one part and in several."""
 
 import copy
 
@@ -17,7 +17,7 @@ LOSS = dict(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
 
 
 def fixed_completions(step, index, vocabulary):
-    """The group of question `index` in a step: [G, 5] random tokens, mask and advantages, the same everywhere."""
+    """Return a question's group in a step, the same on all ranks: random tokens [G, 5], mask [G, 5], advantages [G]."""
     g = torch.Generator().manual_seed(100 * step + index)
     lengths = torch.randint(1, 6, (GROUP_SIZE, 1), generator=g)
     tokens = torch.randint(vocabulary, (GROUP_SIZE, 5), generator=g)
@@ -37,7 +37,7 @@ def train(rank, world_size, parts, dtype, questions, folder):
     optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
     gradient_bytes = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trained(model)}
     share = len(questions) // (world_size * parts)
-    grad_norms = []  # AdamW forgives a gradient of the wrong size, its norm does not
+    grad_norms = []  # AdamW hides a gradient of the wrong size
     for step in range(STEPS):
         rollouts = []
         for part in range(parts):
@@ -65,7 +65,7 @@ def trained(model):
 
 
 def run(world_size, parts, dtype, questions, folder):
-    """What each rank saved."""
+    """Train on `world_size` ranks. Returns what each rank saved."""
     run_processes(train, (world_size, parts, dtype, questions, str(folder)), nprocs=world_size)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
@@ -83,14 +83,14 @@ def test_ranks_and_parts_do_not_change_the_result(questions, alone, tmp_path, wo
     assert ranks[0]["grad_norms"] == pytest.approx(alone["grad_norms"], rel=1e-5)
     for name, weight in alone["weights"].items():
         assert all(torch.equal(rank["weights"][name], ranks[0]["weights"][name]) for rank in ranks), name
-        off = (ranks[0]["weights"][name] - weight).abs()  # of a way of up to 10 steps x 1e-4
+        off = (ranks[0]["weights"][name] - weight).abs()  # the weights moved by up to 10 steps x 1e-4
         assert off.max() < 2e-5 and off.mean() < 1e-8, name
         if not name.endswith("embed_positions.weight"):  # the audio tower's fixed sinusoids
             assert (weight - start[name]).abs().max() > 1e-4, f"{name} was not trained"
 
 
 def test_optimizer_state_is_sharded(questions, tmp_path):
-    """Each parameter's state is on one rank, a fourth of all bytes on each of four, and gradients exist once."""
+    """Each parameter's state is on one of four ranks, each rank has a fourth of all bytes, and gradients exist once."""
     ranks = run(4, 1, torch.float32, questions, tmp_path)
     trainable = {n: p for n, p in toy_model.make_model(questions, 2, 0)[0].named_parameters() if p.requires_grad}
     names = [name for rank in ranks for name in rank["optimizer"]]

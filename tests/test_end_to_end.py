@@ -1,4 +1,4 @@
-"""The two commands as a user runs them: the toy through torchrun, and the evaluation of its checkpoint."""
+"""The commands as a user runs them: train the toy through torchrun, evaluate its checkpoint, use real recordings."""
 
 import json
 import re
@@ -27,37 +27,37 @@ METRICS = {
 }  # fmt: skip
 
 
-def command(*args, processes=None):
-    """The command line of a script; with `processes`, through torchrun."""
-    launcher = [] if processes is None else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+def command(*args, ranks=None):
+    """Return the command line of a script; with `ranks`, through torchrun."""
+    launcher = [] if ranks is None else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     return [sys.executable, *launcher, str(ROOT / args[0]), *map(str, args[1:])]
 
 
-def run(*args, cwd, processes=None):
-    """Run a script to its good end in the folder `cwd`. Returns what it printed."""
-    done = subprocess.run(command(*args, processes=processes), cwd=cwd, capture_output=True, text=True)
+def run(*args, cwd, ranks=None):
+    """Run a script in the folder `cwd`, require exit status 0 and return what it printed."""
+    done = subprocess.run(command(*args, ranks=ranks), cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def scores(printed):
-    """Accuracy of guessing, before and after, and format after, from the table at the end of a training run."""
+    """Read the table at the end of a training run. Returns accuracy: guessing, before, after; and format after."""
     numbers = {name: [float(x) for x in re.findall(r"\d\.\d+", line)] for line in printed.splitlines()
                for name in ("guessing", "before GRPO", "after GRPO") if line.strip().startswith(name)}  # fmt: skip
     return numbers["guessing"][0], numbers["before GRPO"][0], *numbers["after GRPO"]
 
 
 def total(printed):
-    """Accuracy over all questions from the evaluation's table."""
+    """Read the accuracy over all questions from the evaluation's table."""
     return float(re.search(r"^all +([\d.]+)%", printed, re.MULTILINE).group(1)) / 100
 
 
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory):
-    """(folder, what was printed) of four steps of the toy on two processes."""
+    """Train the toy for four steps on two ranks. Returns (folder, what was printed)."""
     folder = tmp_path_factory.mktemp("short")
     flags = ("--steps", 4, "--save_every", 2, "--log_completions_every", 2, "--prompts_per_rank", 4)
-    return folder, run("grpo_aqa.py", *flags, "--accumulation_steps", 2, "--seed", 1, cwd=folder, processes=2)
+    return folder, run("grpo_aqa.py", *flags, "--accumulation_steps", 2, "--seed", 1, cwd=folder, ranks=2)
 
 
 def test_run_folder(short_run):
@@ -77,7 +77,7 @@ def test_run_folder(short_run):
 
 
 def test_checkpoint_is_a_plain_hugging_face_folder(short_run):
-    """transformers alone loads it; every weight was trained but the audio tower's fixed positions."""
+    """transformers alone loads it. Every weight was trained, except the audio tower's fixed positions."""
     folder = short_run[0] / "runs" / "toy"
     model = Qwen2AudioForConditionalGeneration.from_pretrained(folder / "step_000004")
     processor = AutoProcessor.from_pretrained(folder / "step_000004")
@@ -90,7 +90,7 @@ def test_checkpoint_is_a_plain_hugging_face_folder(short_run):
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_toys_base_answers_in_every_template(short_run, template):
-    """In the form, a choice of the question and not always the right one, and what its thought says."""
+    """Its answers have the right form, are choices, are right about half the time, and repeat the thought's choice."""
     folder = short_run[0] / "runs" / "toy"
     model, processor = load_policy(str(folder / "base"), torch.float32, torch.device("cpu"))
     asked = load_questions(str(folder / "world" / "heldout.json"))[:100]
@@ -120,7 +120,7 @@ def test_evaluation_finds_the_heldout_questions(short_run):
         assert record["model_prediction"] in record["completion"]
 
 
-def test_second_run_finds_the_toy_and_loses_nothing(short_run):
+def test_a_second_run_reuses_the_toy_and_keeps_the_first_run(short_run):
     folder = short_run[0] / "runs" / "toy"
     made = {path: path.stat().st_mtime_ns for name in ("world", "base") for path in (folder / name).rglob("*")}
     metrics = (folder / "metrics.jsonl").read_text()
@@ -131,13 +131,13 @@ def test_second_run_finds_the_toy_and_loses_nothing(short_run):
     assert json.loads((folder / "metrics.jsonl").read_text())["kl"] is None
 
 
-# ---- the promises of the README, minutes long ----
+# ---- claims of the README; these tests take minutes ----
 
 
-def test_the_toy_learns_and_it_learns_by_listening(short_run, tmp_path):
-    for name in ("world", "base"):  # as another run of the same folder finds them
+def test_the_toy_learns_and_needs_the_audio(short_run, tmp_path):
+    for name in ("world", "base"):  # a second run in the same folder would find them, too
         shutil.copytree(short_run[0] / "runs" / "toy" / name, tmp_path / "runs" / "toy" / name)
-    guessing, before, after, format_after = scores(run("grpo_aqa.py", cwd=tmp_path, processes=2))
+    guessing, before, after, format_after = scores(run("grpo_aqa.py", cwd=tmp_path, ranks=2))
     assert before <= 0.60 and after >= 0.90 and format_after >= 0.99
     silent = total(run("eval_mmau.py", "--ckpt", "runs/toy/step_000360", "--silence", cwd=tmp_path))
     assert abs(silent - guessing) <= 0.10
@@ -147,12 +147,12 @@ REAL_FLAGS = ("--steps", 300, "--lr", 3e-4, "--prompts_per_rank", 8, "--accumula
 
 
 @pytest.mark.skipif(not REAL_SOUNDS.is_dir(), reason="no real recordings next to this checkout")
-def test_real_recordings_are_learned(tmp_path):
+def test_training_on_real_recordings(tmp_path):
     questions = REAL_SOUNDS / "train_r1aqa.jsonl"
     skip = "--skip_bad_audio"  # two of the recordings are empty
     run("toy.py", "--questions", questions, "--out", "tiny", skip, cwd=tmp_path)
     flags = (*REAL_FLAGS, skip)
-    run("grpo_aqa.py", "--model", "tiny", "--data", questions, "--out", "run", *flags, cwd=tmp_path, processes=2)
+    run("grpo_aqa.py", "--model", "tiny", "--data", questions, "--out", "run", *flags, cwd=tmp_path, ranks=2)
     accuracy = [json.loads(line)["accuracy"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(accuracy[-20:]) / 20 >= sum(accuracy[:20]) / 20 + 0.30
     checkpoint = sorted((tmp_path / "run").glob("step_*"))[-1]

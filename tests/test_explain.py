@@ -1,4 +1,4 @@
-"""explain.py: the tokens' terms against grpo_loss and autograd, the step against plain torch, the command."""
+"""explain.py: each token's terms against grpo_loss and autograd, the step against plain torch, the command."""
 
 import copy
 import dataclasses
@@ -39,7 +39,7 @@ VARIANTS = [
 
 
 def settings(**changed):
-    """The command line's settings, a group of 6 and at most 7 tokens."""
+    """Return the settings of a command line: groups of 6 completions of at most 7 tokens."""
     changed = {"group_size": 6, "max_new_tokens": 7, "model": "M", "data": "D", "lr": 1e-3} | changed
     return grpo_aqa.parse_args([word for name, value in changed.items() for word in (f"--{name}", str(value))])
 
@@ -90,7 +90,7 @@ def test_a_difference_from_the_training_loop_is_an_error(name, wrong):
 
 @pytest.fixture
 def rewarded(monkeypatch):
-    """A model with random weights is never right: here, a completion is by its text's length."""
+    """Reward texts of an odd length instead of right answers, which a model with random weights never gives."""
     monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: float(len(text) % 2))
 
 
@@ -99,8 +99,8 @@ def rewarded(monkeypatch):
     [{}, {"updates_per_rollout": 3, "loss_average": "token", "ratio": "sequence", "max_grad_norm": 0.01}],
     ids=str,
 )
-def test_the_step_is_plain_torchs(tiny, questions, one_process, exact, rewarded, variant):
-    """Loss, gradient norm, and the completions' log-probs before and after, by autograd and torch's own AdamW."""
+def test_the_step_equals_plain_torch(tiny, questions, one_rank, exact, rewarded, variant):
+    """Loss, gradient norm, and log-probs before and after the step equal those of autograd and torch's own AdamW."""
     args, (model, processor) = settings(**variant), tiny
     mine, theirs = copy.deepcopy(model), copy.deepcopy(model)
     step = take_step(args, mine, processor, questions, CPU)
@@ -136,8 +136,8 @@ def test_the_step_is_plain_torchs(tiny, questions, one_process, exact, rewarded,
     assert step.after != pytest.approx(step.before, rel=1e-4)
 
 
-def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_process, monkeypatch):
-    """The first two of the order of training have equal rewards; then, all have."""
+def test_questions_with_equal_rewards_are_skipped(tiny, questions, one_rank, monkeypatch):
+    """First, the first two questions in the order of training have equal rewards; then all questions have."""
     args, (model, processor) = settings(steps=5), tiny
     order = [questions[i].id for i in step_indices(4, 0, 4, 0, args.seed)]
     calls = []
@@ -160,8 +160,8 @@ def test_questions_with_equal_rewards_are_passed_over(tiny, questions, one_proce
     assert "0 of 0 completions with a positive advantage became likelier. 0 of 0" in text
 
 
-def test_a_bad_clip_makes_way_for_the_next(tiny, questions, one_process, rewarded, tmp_path, capsys):
-    """With --skip_bad_audio; it is named."""
+def test_the_next_question_replaces_one_with_a_bad_clip(tiny, questions, one_rank, rewarded, tmp_path, capsys):
+    """With --skip_bad_audio. The message names the bad clip."""
     soundfile.write(tmp_path / "silent.wav", np.zeros(8_000), 16_000)
     bad = [dataclasses.replace(q, audio=str(tmp_path / "silent.wav"), place=f"line {q.id}") for q in questions]
     args, (model, processor) = settings(), tiny
@@ -170,10 +170,10 @@ def test_a_bad_clip_makes_way_for_the_next(tiny, questions, one_process, rewarde
     some = [bad[i] if i == first else question for i, question in enumerate(questions)]
     step = take_step(args, copy.deepcopy(model), processor, some, CPU)
     assert step.group.question.id != bad[first].id
-    assert f"line {first}: " in (said := capsys.readouterr().out) and "another question takes its place" in said
+    assert f"line {first}: " in (printed := capsys.readouterr().out) and "another question takes its place" in printed
 
 
-def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_process, rewarded):
+def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_rank, rewarded):
     model = copy.deepcopy(tiny[0])
     freeze_audio_tower(model)
     runs = []
@@ -188,7 +188,7 @@ def test_a_frozen_tower_is_shared_with_the_reference(tiny, questions, one_proces
 
 @pytest.fixture(scope="module")
 def saved(tiny, questions, tmp_path_factory):
-    """The flags of a tiny model and a question file."""
+    """Write a tiny model and a question file. Returns their flags."""
     folder = tmp_path_factory.mktemp("saved")
     save_checkpoint(folder / "model", copy.deepcopy(tiny[0]).float(), tiny[1])
     lines = [

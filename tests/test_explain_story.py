@@ -34,7 +34,7 @@ from reward import REWARDS
     ],
     ids=str,
 )
-def test_text_and_page_have_the_steps_numbers(tiny, questions, one_process, monkeypatch, variant, said, unsaid):
+def test_text_and_page_have_the_steps_numbers(tiny, questions, one_rank, monkeypatch, variant, said, unsaid):
     # A model with random weights is never right.
     monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: float(len(text) % 2))
     args, (model, processor) = settings(**variant), tiny

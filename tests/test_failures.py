@@ -1,4 +1,4 @@
-"""What ends a run in its middle: said once, all processes end, and what was saved before is as it was."""
+"""Failures in the middle of a run: one message, all ranks end, and earlier saves stay as they were."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from training.run_folder import step_folders
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
          "accumulation_steps": 1, "max_new_tokens": 4, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
 
-# grpo_aqa.py with a fault put in. It may use `rank`; `at`, which has something done before each call of a module's
-# function, from after a step on; and `limit`, which has files be no larger than size() meanwhile.
+# grpo_aqa.py with a fault in it. The fault may use `rank`; `at`, which calls `do` before each call of a module's
+# function once a step is done; and `limit`, which limits the size of files to size() during those calls.
 DRIVER = """
 import os, resource, sys, time
 sys.path.insert(0, {root!r})
@@ -86,7 +86,7 @@ def command(out, switches, flags):
 
 
 def torchrun(home, out, fault):
-    """The driver on two processes to its end, which has to come within two minutes."""
+    """Run the driver on two ranks to its end. Raises if that takes more than two minutes."""
     driver = home / f"{Path(out).name}_driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), fault=fault))
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
@@ -95,11 +95,11 @@ def torchrun(home, out, fault):
 
 
 def errors(done):
-    """The lines of ours on standard error that say what went wrong."""
+    """Return the lines on stderr that grpo_aqa.py itself has printed."""
     return [line for line in done.stderr.splitlines() if line.startswith("grpo_aqa.py: ")]
 
 
-# ---- several processes ----
+# ---- several ranks ----
 
 NO_SPACE = "OSError(28, 'No space left on device')"
 FAULTS = {
@@ -134,22 +134,22 @@ MORE_FAULTS = {  # slow
 
 @pytest.mark.parametrize("where", [*FAULTS, *(pytest.param(where, marks=pytest.mark.slow) for where in MORE_FAULTS)])
 def test_an_error_on_one_rank_ends_all_with_its_message_once(home, where):
-    fault, said = (FAULTS | MORE_FAULTS)[where]
+    fault, message = (FAULTS | MORE_FAULTS)[where]
     out = re.sub(r"\W+", "_", where)
     done = torchrun(home, out, fault)
     assert done.returncode != 0
-    assert len(errors(done)) == 1 and said in errors(done)[0], done.stderr
-    # Where the error is in the code and not in what the user gave, its traceback is there, of that rank alone. torchrun
-    # adds its own.
+    assert len(errors(done)) == 1 and message in errors(done)[0], done.stderr
+    # An error in the code, not in the user's input, prints a traceback on its rank alone. torchrun adds its own
+    # traceback.
     ours = done.stderr.split("torch/distributed/run.py")[0]
-    assert ours.count("Traceback (most recent call last)") - 1 == ("ValueError" in said), done.stderr
+    assert ours.count("Traceback (most recent call last)") - 1 == ("ValueError" in message), done.stderr
     assert [folder.name for folder in step_folders(home / out / "resume")] == ["step_000002"]
     assert step_folders(home / out)[0].name == "step_000002"
 
 
-# ---- writing ----
+# ---- failed writes ----
 
-# what is written: (a function during which, from after a step on, files have a largest size; that size; what is named)
+# what is written: (step after which a function writes files of limited size, the limit, the name in the message)
 WRITES = {
     "metrics": ("3, run, 'append_jsonl'", "os.path.getsize('{out}/metrics.jsonl') + 9", "metrics.jsonl"),
     "completions": (
@@ -168,7 +168,7 @@ MORE_WRITES = {  # slow
 
 @pytest.fixture(scope="module")
 def run(home, forker):
-    """Runs the driver on one process to its end."""
+    """A function that runs the driver on one rank to its end."""
 
     def run(out, *switches, fault="", **flags):
         code = DRIVER.format(root=str(ROOT), fault=fault)
@@ -179,7 +179,7 @@ def run(home, forker):
 
 @pytest.fixture(scope="module")
 def undisturbed(home, run):
-    """The metrics of a run that nothing happens to, but for times."""
+    """The metrics of an undisturbed run, without times and memory."""
     assert run("undisturbed").returncode == 0
     return metrics(home / "undisturbed")
 
@@ -190,15 +190,15 @@ def metrics(out):
 
 
 @pytest.mark.parametrize("what", [*WRITES, *(pytest.param(what, marks=pytest.mark.slow) for what in MORE_WRITES)])
-def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, what):
-    """A limit on the size of files stands in for a full disk. The run continues when there is room again."""
+def test_a_failed_write_is_named_and_loses_nothing(home, run, undisturbed, what):
+    """A limit on the size of files stands in for a full disk. --resume continues once there is space again."""
     place, size, named = (WRITES | MORE_WRITES)[what]
     out = what.replace(" ", "_")
     done = run(out, fault=f"limit({place}, lambda: {size.format(out=out)})")
     assert done.returncode == 1
     assert len(errors(done)) == 1 and "Traceback" not in done.stderr, done.stderr
     assert named in errors(done)[0] and "could not be written" in errors(done)[0]
-    assert ("inline_container" if what == "a state" else "File too large") in errors(done)[0]  # torch.save's own words
+    assert ("inline_container" if what == "a state" else "File too large") in errors(done)[0]  # torch.save's message
     assert "--resume continues after step 2" in errors(done)[0]
     assert [
         json.loads(line)["step"] for line in (home / out / "metrics.jsonl").read_text().splitlines()
@@ -208,24 +208,24 @@ def test_a_write_that_fails_is_named_and_loses_nothing(home, run, undisturbed, w
 
 
 def test_an_error_of_the_machine_is_one_line(home, run):
-    """Such as a disk that fails to be read."""
+    """For example an error while reading from a disk."""
     done = run("unreadable", fault="at(3, run, 'to_device', fail(OSError(5, 'Input/output error', 'x.wav')))")
     assert done.returncode == 1 and errors(done) == ["grpo_aqa.py: error: [Errno 5] Input/output error: 'x.wav'"]
     assert "Traceback" not in done.stderr
 
 
-# ---- numbers, memory ----
+# ---- numbers that are not finite, too little memory ----
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_loss_that_is_not_finite_stops_the_run(home, run, processes):
-    """With the step, the questions of the rank that it happened on, and what was saved; nothing is saved over that."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_loss_that_is_not_finite_stops_the_run(home, run, ranks):
+    """The message names the step, the questions of that rank, and the last saves. The saves stay as they are."""
     fault = (
         "def poison(logprobs, *args, **kwargs):\n    with torch.no_grad(): logprobs.mul_(float('nan'))\n"
-        f"if rank == {processes - 1}: at(3, grpo_aqa, 'grpo_loss', poison)"
+        f"if rank == {ranks - 1}: at(3, grpo_aqa, 'grpo_loss', poison)"
     )
-    out = f"nan_{processes}"
-    done = run(out, fault=fault) if processes == 1 else torchrun(home, out, fault)
+    out = f"nan_{ranks}"
+    done = run(out, fault=fault) if ranks == 1 else torchrun(home, out, fault)
     assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
     assert re.search(r"error: step 4: the loss is not finite, with the questions q\d, q\d;", errors(done)[0])
     assert f"the last checkpoint is {out}/step_000002, and --resume continues after step 2" in errors(done)[0]
@@ -242,8 +242,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(home, run, processes):
         ("grpo_aqa", "data_parallel", "the start", "--lora_rank"),
     ],
 )
-def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monkeypatch, module, name, phase, flag):
-    """In one process with the error that torch raises on a GPU; grpo_aqa.py's own names are replaced."""
+def test_running_out_of_memory_names_the_phase_and_a_remedy(home, capsys, monkeypatch, module, name, phase, flag):
+    """On one rank, a function that replaces one of grpo_aqa.py raises the error that torch raises on a GPU."""
     import torch
 
     import grpo_aqa
@@ -264,7 +264,7 @@ def test_running_out_of_memory_names_the_phase_and_what_helps(home, capsys, monk
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(home, run):
-    """The loss is finite. No weight changes: the run continues from its state as if nothing had happened."""
+    """The loss is finite, the gradient is not. No weight changes: the run can continue from its state, undisturbed."""
     fault = (
         "def poison(ddp_policy, *args, **kwargs):\n"
         "    weight = next(p for p in ddp_policy.parameters() if p.requires_grad)\n"
@@ -275,17 +275,17 @@ def test_a_gradient_that_is_not_finite_stops_the_run(home, run):
     )
     done = run("infinite", fault=fault)
     assert done.returncode == 1 and len(errors(done)) == 1, done.stderr
-    said = r"error: step 4: the norm of the gradient is (inf|nan), with the questions q\d, q\d;"
-    assert re.search(said, errors(done)[0])
+    message = r"error: step 4: the norm of the gradient is (inf|nan), with the questions q\d, q\d;"
+    assert re.search(message, errors(done)[0])
     assert [folder.name for folder in step_folders(home / "infinite")] == ["step_000002"]
 
 
-# ---- bad clips, met in the middle ----
+# ---- bad clips that are found during training ----
 
 
 def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):
-    """--skip_bad_audio: a clip with a bad header is left out, one with a bad body replaced when it is met; both are
-    counted, and an interruption changes nothing."""
+    """--skip_bad_audio leaves out a clip with a bad header, and replaces a clip with bad samples when it is decoded.
+    Both are counted. A kill and a resume change nothing."""
     broken = home / "broken.jsonl"
     lines = (home / "questions.jsonl").read_text().splitlines()
     soundfile.write(home / "silent.wav", np.zeros(8_000), 16_000)
@@ -305,7 +305,7 @@ def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):
     config = json.loads((home / "skipped" / "config.json").read_text())
     assert config["skipped_questions"] == 1 and [*config["bad_clips_met"]] == ["broken.jsonl, line 2"]
     replaced = [record["replaced_questions"] for record in metrics(home / "skipped")]
-    assert len(replaced) == 6 and 2 <= sum(replaced) <= 3  # 12 questions of five, one of them bad
+    assert len(replaced) == 6 and 2 <= sum(replaced) <= 3  # 12 times one of five questions, of which one is bad
     trained = [json.loads(line)["id"] for line in (home / "skipped" / "completions.jsonl").read_text().splitlines()]
     assert "q1" not in trained and "q4" not in trained and set(trained) == {"q0", "q2", "q3", "q5"}
 
@@ -317,7 +317,7 @@ def test_bad_clips_are_replaced_alike_in_a_resumed_run(home, run):
 
 
 def test_a_run_stopped_by_a_bad_clip_goes_on_without_it(home, run):
-    """Its state from before is resumed from with --skip_bad_audio."""
+    """--resume --skip_bad_audio continues from the last state before the bad clip."""
     lines = (home / "questions.jsonl").read_text().splitlines()
     soundfile.write(home / "quiet.wav", np.zeros(8_000), 16_000)
     lines[5] = json.dumps(json.loads(lines[5]) | {"audio": "quiet.wav"})
@@ -333,8 +333,9 @@ def test_a_run_stopped_by_a_bad_clip_goes_on_without_it(home, run):
 
 
 @pytest.mark.slow
-def test_two_thousand_steps_need_no_more_than_two_hundred(tmp_path):
-    """The toy, with small groups: resident memory within 5% from step 200 on, no more open files, all metrics."""
+def test_two_thousand_steps_need_no_more_memory_than_two_hundred(tmp_path):
+    """The toy with small groups: from step 200 on, resident memory stays within 5% and the number of open files does
+    not grow. All metrics are there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = ["--steps", "2000", "--prompts_per_rank", "2", "--group_size", "4", "--max_new_tokens", "12"]
     command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, "--save_every", "200", "--keep_last", "2"]
@@ -345,7 +346,7 @@ def test_two_thousand_steps_need_no_more_than_two_hundred(tmp_path):
         while process.poll() is None:
             time.sleep(0.2)
             step = lines.read_bytes().count(b"\n") if lines.exists() else 0
-            if step % 250 > 205 and step // 250 not in seen:  # the first save is over
+            if step % 250 > 205 and step // 250 not in seen:  # after the first save
                 status = Path(f"/proc/{process.pid}/status").read_text()
                 resident = int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1))
                 seen[step // 250] = resident, len(list(Path(f"/proc/{process.pid}/fd").iterdir()))

@@ -1,4 +1,4 @@
-"""A frozen audio tower that runs once per step, against the same model that runs its tower each time."""
+"""A frozen audio tower that runs once a step gives the same results as a tower that runs in every pass."""
 
 import copy
 
@@ -24,7 +24,7 @@ def frozen(tiny):
 
 @pytest.fixture
 def runs(frozen):
-    """A list that grows by one each time the tower of the frozen model or of a copy runs."""
+    """A list that grows by one each time the audio tower of the frozen model, or of its copy, runs."""
     seen = []
     frozen[0].model.audio_tower.conv1.register_forward_hook(lambda *_: seen.append(1))
     return seen
@@ -62,8 +62,8 @@ def test_only_the_tower_is_frozen(tiny, frozen):
         listen(tiny[0], {})
 
 
-def test_the_tower_runs_once_for_all_of_a_step(frozen, questions, runs):
-    """In sampling, the reference pass and two training passes. Without `listen`, each of them runs it."""
+def test_the_tower_runs_once_a_step(frozen, questions, runs):
+    """Sampling, the reference pass and two training passes share one run. Without `listen`, each runs the tower."""
     model, processor = frozen
     reference, plain = copy.deepcopy(model), encode_prompts(processor, questions, "answer")
 
@@ -82,7 +82,7 @@ def test_the_tower_runs_once_for_all_of_a_step(frozen, questions, runs):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_listening_changes_neither_samples_nor_gradients(exact, tiny, frozen, questions, checkpointing):
-    """Nor log-probs. The gradients also equal those of a model whose tower learns, apart from the tower's."""
+    """Nor log-probs. Except the tower's own, the gradients also equal those of a model whose tower is trained."""
     model, processor = frozen
     plain = encode_prompts(processor, questions, "answer")
     heard = listen(model, plain)
@@ -103,8 +103,8 @@ def test_listening_changes_neither_samples_nor_gradients(exact, tiny, frozen, qu
     assert gradients["model.multi_modal_projector.linear.weight"].abs().max() > 0
 
 
-def test_a_slice_is_the_tower_output_of_those_clips_alone(frozen):
-    """Clips of 3 to 200 frames, with every remainder of a division by the four frames of an audio token."""
+def test_a_slice_equals_the_tower_output_of_its_clips_alone(frozen):
+    """Clips of 3 to 200 frames. Divided by the four frames of an audio token, they have every remainder."""
     model, generator = frozen[0], torch.Generator().manual_seed(0)
     frames = torch.tensor([3, 38, 37, 131, 4, 198, 39, 40, 200])
     within = (torch.arange(200) < frames[:, None]).long()
@@ -126,7 +126,7 @@ def test_a_slice_is_the_tower_output_of_those_clips_alone(frozen):
 
 
 def test_distributed_training_skips_the_frozen_tower(frozen, questions):
-    """Its gradients are not exchanged and its weights not updated. All others are."""
+    """Ranks exchange no gradients of the tower, and the optimizer does not update it. All other weights are updated."""
     model, processor = frozen
     heard = listen(model, encode_prompts(processor, questions, "answer"))
     expected, before = learn(copy.deepcopy(model), heard, parts=1)[1], copy.deepcopy(model.state_dict())

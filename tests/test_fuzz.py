@@ -1,6 +1,6 @@
-"""Anything at all as input: it works, or it is an InputError in words. What was found is kept as an example.
+"""Any input works or raises an InputError with a message. Inputs that once failed are kept as examples.
 
-hypothesis draws the same examples every time, and keeps none.
+hypothesis draws the same examples every time and stores none.
 """
 
 import json
@@ -29,7 +29,7 @@ fuzz = settings(max_examples=150, derandomize=True, deadline=None, database=None
                 suppress_health_check=list(HealthCheck))  # fmt: skip
 few = settings(fuzz, max_examples=60)
 
-# Texts with halves of characters, which JSON can hold; and what tags and words are made of.
+# Any text, even with half of a character (a lone surrogate), which JSON can hold; and the pieces of tags and words.
 ANY_TEXT = st.text(st.characters(categories=None), max_size=40)
 PIECES = [
     "<answer>",
@@ -54,12 +54,12 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=4),
     max_leaves=10,
 )
-DEEP, LONG = "[" * 100_000, "1" * 5_000  # more than json's recursion, and than an int may have digits
+DEEP, LONG = "[" * 100_000, "1" * 5_000  # deeper than json can recurse; longer than Python allows an int to be
 
 
 @contextmanager
 def seconds(limit):
-    """Ends what does not come to an end: a pattern that backtracks over a megabyte would take days."""
+    """Fail after `limit` seconds: a pattern that backtracks over a megabyte would take days."""
     previous = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"not done after {limit} s"))
     signal.alarm(limit)
     try:
@@ -76,8 +76,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def told(function, *args):
-    """The function's value; None where it ends in an InputError of words that can be printed."""
+def attempt(function, *args):
+    """Return the function's value, or None if it raises an InputError. Its message must be printable."""
     try:
         return function(*args)
     except InputError as error:
@@ -94,16 +94,16 @@ def told(function, *args):
 def test_any_completion_has_rewards(completion, answer, template):
     assert accuracy_reward(completion, answer) in (0.0, 1.0)
     assert format_reward(completion, template) in (0.0, 1.0)
-    said = prediction(completion)
-    assert said == said.strip() and said in completion
-    assert (extract_answer(completion) is None) or said == extract_answer(completion)
+    predicted = prediction(completion)
+    assert predicted == predicted.strip() and predicted in completion
+    assert (extract_answer(completion) is None) or predicted == extract_answer(completion)
 
 
 @fuzz
 @given(TAGGED | ANY_TEXT, st.lists(TAGGED | ANY_TEXT, min_size=2, max_size=8), st.data())
-def test_any_texts_are_matched(said, choices, data):
+def test_any_texts_are_matched(predicted, choices, data):
     answer = data.draw(st.sampled_from(choices))
-    assert mmau_match(answer, said, choices) in (True, False)
+    assert mmau_match(answer, predicted, choices) in (True, False)
     assert not mmau_match(answer, "", choices)
     assert majority_vote(choices) in choices
 
@@ -114,8 +114,8 @@ BLOW_UPS = ["<answer>", "</answer>", "<answer></answer>", "<think>", "</think> "
 
 
 @pytest.mark.parametrize("piece", BLOW_UPS)
-def test_a_megabyte_takes_no_longer_than_its_length(piece):
-    """Whatever it repeats, also between tags that make the pattern's beginning match."""
+def test_a_megabyte_takes_linear_time(piece):
+    """Whichever piece the megabyte repeats, also between tags that match the beginning of a pattern."""
     text = piece * (MEGABYTE // len(piece))
     with seconds(60):
         for completion in (
@@ -147,7 +147,7 @@ RECORDS = st.builds(
 
 def check_questions(folder, content: bytes):
     (folder / "q.jsonl").write_bytes(content)
-    for question in told(load_questions, str(folder / "q.jsonl")) or []:
+    for question in attempt(load_questions, str(folder / "q.jsonl")) or []:
         for template in TEMPLATES:
             build_prompt(question, template).encode()
         assert question.answer is None or question.answer
@@ -169,7 +169,7 @@ def test_any_bytes_as_questions(folder, content):
 @fuzz
 @given(record=RECORDS | JSON, as_list=st.booleans())
 @example(record=PLAIN | {"question": "\ud800"}, as_list=False)  # no tokenizer takes half a character
-@example(record=PLAIN | {"task": "\udfff"}, as_list=False)  # and no file
+@example(record=PLAIN | {"task": "\udfff"}, as_list=False)  # no file takes it either
 @example(record=PLAIN | {"audio": "a\0.wav"}, as_list=True)
 def test_any_record_as_a_question(folder, record, as_list):
     text = json.dumps([record]) if as_list else json.dumps(record)
@@ -178,7 +178,7 @@ def test_any_record_as_a_question(folder, record, as_list):
 
 # ---- clips ----
 
-AUDIO = {}  # by format, one good file
+AUDIO = {}  # suffix -> one good file
 
 
 def audio_file(folder, suffix):
@@ -192,14 +192,14 @@ def audio_file(folder, suffix):
 def check_clip(folder, suffix, content: bytes):
     path = folder / f"clip{suffix}"
     path.write_bytes(content)
-    audio = told(load_audio, str(path))
+    audio = attempt(load_audio, str(path))
     if audio is not None:
         assert audio.dtype == np.float32 and audio.ndim == 1 and len(audio) >= 400 and np.isfinite(audio).all()
 
 
 @few
 @given(st.sampled_from([".wav", ".flac", ".ogg", ".mp3", ".raw", ".aiff", ""]), st.binary(max_size=3000))
-@example(".mp3", b"\xff\xfb\x90Info")  # ends where a size would be
+@example(".mp3", b"\xff\xfb\x90Info")  # ends where a size should follow
 def test_any_bytes_as_a_clip(folder, suffix, content):
     check_clip(folder, suffix, content)
 
@@ -207,7 +207,7 @@ def test_any_bytes_as_a_clip(folder, suffix, content):
 @fuzz
 @given(st.sampled_from([".wav", ".flac", ".ogg", ".mp3"]), st.data())
 def test_any_damage_to_a_clip(folder, suffix, data):
-    """Bytes changed, inserted or cut: headers that lie about rates, channels and lengths among them."""
+    """Bytes are changed, inserted or cut. Some headers then have false rates, channels or lengths."""
     content = bytearray(audio_file(folder, suffix))
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, 60) | st.integers(0, len(content) - 1)) % max(len(content), 1)
@@ -226,12 +226,12 @@ def test_any_damage_to_a_clip(folder, suffix, data):
         check_clip(folder, suffix, bytes(content))
 
 
-# ---- what the scripts wrote, damaged ----
+# ---- damaged files of the scripts ----
 
 
 def predictions_files(path: Path):
-    told(read_predictions, str(path))
-    told(compare, str(path), str(path))
+    attempt(read_predictions, str(path))
+    attempt(compare, str(path), str(path))
     return is_done(str(path), {"x": 1})
 
 
@@ -256,10 +256,10 @@ def test_any_record_as_a_prediction(folder, record, settings_):
     (folder / "p.json").write_text(json.dumps([record, record | {"id": 2}]))
     (folder / "p.json.settings.json").write_text(json.dumps(settings_))
     assert not predictions_files(folder / "p.json")
-    read = told(read_predictions, str(folder / "p.json"))
+    read = attempt(read_predictions, str(folder / "p.json"))
     if read is not None:
-        questions, said = read
-        records = [record | {"model_prediction": text} for text in said]
+        questions, predicted = read
+        records = [record | {"model_prediction": text} for text in predicted]
         write_html(str(folder / "p.html"), questions, records, "caption")
 
 
@@ -275,7 +275,7 @@ ANSWER = st.fixed_dictionaries(
 @example(lines=[{"question": 0, "completions": "ab"}])
 @example(lines=[{"question": 7, "completions": ["a", "b"]}])
 def test_any_journal(folder, lines):
-    """What is taken over is two texts for a question that there is, and as it stands there."""
+    """Each answer taken from the journal is two texts for an existing question, exactly as in the journal."""
     path = folder / "j"
     texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     path.write_bytes(b"\n".join([json.dumps(HEADER, sort_keys=True).encode(), *texts, b""]))
@@ -290,12 +290,12 @@ def test_any_journal(folder, lines):
 METRIC = st.fixed_dictionaries({"step": JSON | st.integers(1, 9)}, optional={"reward": JSON, "loss": JSON, "kl": JSON})
 
 
-@settings(few, max_examples=15)  # pictures take their time
+@settings(few, max_examples=15)  # drawing is slow
 @given(lines=st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line) | METRIC, max_size=5))
 @example(lines=[{"step": 1, "loss": None}, {"step": 2, "loss": "high"}, {"step": 3, "loss": 10**400}])
 @example(lines=[{"step": 1}])
 def test_any_metrics(folder, lines):
-    """A resumed run goes on, and the curves are drawn of what can be."""
+    """A resumed run can continue, and the curves show all values that can be drawn."""
     path = folder / "metrics.jsonl"
     texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     path.write_bytes(b"\n".join([*texts, b'{"step": 1, "torn']))
@@ -313,5 +313,5 @@ def test_any_metrics(folder, lines):
 def test_any_json_beside_a_checkpoint(folder, content):
     for name in ("aqa.json", "adapter_config.json"):
         (folder / name).write_bytes(content)
-    assert told(remembered_template, folder) in (None, *TEMPLATES)
-    told(adapter_base, str(folder))
+    assert attempt(remembered_template, folder) in (None, *TEMPLATES)
+    attempt(adapter_base, str(folder))

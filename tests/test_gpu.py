@@ -1,4 +1,4 @@
-"""On a GPU: the same numbers as on the CPU, and a bfloat16 run that resumes. Skipped without one."""
+"""A GPU computes the same numbers as the CPU, and resumes a bfloat16 run. Skipped without a GPU."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def both(tiny):
     return model, copy.deepcopy(model).to(GPU), tiny[1]
 
 
-def test_greedy_tokens(both, questions):
+def test_greedy_tokens_equal_the_cpus(both, questions):
     cpu, gpu, processor = both
     prompt = encode_prompts(processor, questions, "answer")
     tokens, mask = sample_group(cpu, prompt, 2, 12, 0.0, [-1])
@@ -40,10 +40,10 @@ def test_greedy_tokens(both, questions):
     assert torch.equal(tokens, gpu_tokens.cpu()) and torch.equal(mask, gpu_mask.cpu())
 
 
-def test_recorded_steps(both, questions, monkeypatch):
-    """CUDA graphs draw the tokens that the same kernels draw one by one, rollout after rollout: longer and shorter
-    prompts, more than COMPLETION_SLOTS tokens, other weights."""
-    monkeypatch.setattr(decoding, "PROMPT_SLOTS", 8)  # so that they differ between these prompts
+def test_cuda_graphs_draw_the_same_tokens(both, questions, monkeypatch):
+    """CUDA graphs draw the same tokens as the same kernels without graphs, over several rollouts: with longer and
+    shorter prompts, more than COMPLETION_SLOTS tokens, and changed weights."""
+    monkeypatch.setattr(decoding, "PROMPT_SLOTS", 8)  # so that these prompts take different numbers of slots
     model, processor = copy.deepcopy(both[1]), both[2]
     prompt, decoder = to_device(encode_prompts(processor, questions, "answer"), GPU), GroupDecoder(model, 3, 80, True)
     for start, stop in ((0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (0, 1)):
@@ -71,8 +71,8 @@ def test_an_evaluation_repeats(both, questions, tmp_path, flags):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_logprobs_and_gradients(both, questions, dtype, tolerance, checkpointing):
-    """Relative to their size, which is all that bfloat16 keeps."""
+def test_logprobs_and_gradients_equal_the_cpus(both, questions, dtype, tolerance, checkpointing):
+    """The tolerance is relative to the size of the numbers: bfloat16 keeps no more."""
     cpu, gpu, processor = both
     prompt = encode_prompts(processor, questions[:2], "answer")
     completions = torch.randint(cpu.config.audio_token_id, (6, 5), generator=torch.Generator().manual_seed(0))
@@ -88,8 +88,8 @@ def test_logprobs_and_gradients(both, questions, dtype, tolerance, checkpointing
         assert (found.cpu().float() - expected).norm() < tolerance * expected.norm()
 
 
-def test_optimizer():
-    """The same masters as on the CPU after 20 bfloat16 steps."""
+def test_optimizer_masters_equal_the_cpus():
+    """After 20 bfloat16 steps, the float32 masters equal those on the CPU."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     masters = []
     for device in ("cpu", "cuda"):
@@ -105,9 +105,9 @@ def test_optimizer():
 
 
 def test_a_killed_run_resumes(questions, tmp_path):
-    """In bfloat16, one process. Its numbers stay close to an uninterrupted run's, not equal to the last bit: some of
-    CUDA's sums are added up in any order."""
-    # Trained a little, so that some rewards differ.
+    """In bfloat16, on one rank. Its numbers stay close to those of an uninterrupted run, but not equal to the last bit:
+    CUDA adds some sums in any order."""
+    # A little training, so that some rewards differ.
     toy_model.make_base(questions, tmp_path / "base", steps=45, random_answers=1.0, seed=0)
     records = [{"audio": q.audio, "question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]
     (tmp_path / "questions.json").write_text(json.dumps(records))
@@ -130,7 +130,7 @@ def test_a_killed_run_resumes(questions, tmp_path):
     assert [m["step"] for m in whole] == [m["step"] for m in resumed] == list(range(1, 31))
     assert 0 < whole[-1]["peak_memory_gb"] < 10
     assert sum(m["grad_norm"] > 0 for m in whole) > 5
-    # A resume that lost the weights would be back at the base, with no KL to it at all.
+    # A resume that lost the weights would start at the base model again, with a KL of 0.
     assert sum(m["kl"] for m in resumed[5:]) == pytest.approx(sum(m["kl"] for m in whole[5:]), rel=0.3)
     same = [a["kl"] == b["kl"] for a, b in zip(whole, resumed)]
     print(f"{sum(same)} of {len(same)} steps have equal KL")

@@ -1,4 +1,4 @@
-"""Rewards of groups; group_advantages and grpo_loss against loop-by-loop transcriptions and finite differences."""
+"""Rewards, advantages and loss against plain loops and finite differences; variants of the loss; the loop."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss,
 # ---- rewards and advantages ----
 
 
-def test_each_text_is_scored_by_the_answer_of_its_question():
+def test_each_completion_is_scored_with_the_answer_of_its_question():
     questions = [Question(answer, "", "?", ["a", "b"], answer) for answer in "ab"]
     texts = ["<answer>a</answer>", "<answer>b</answer>", "a", "<answer>b</answer>", "<answer>a</answer>", "a"]
     scores = score_completions(texts, questions, "answer", ["accuracy", "format"])
@@ -49,7 +49,7 @@ def test_equal_rewards_have_advantage_exactly_zero(value, size):
 
 
 def loss_by_loops(logprobs, old, ref, advantages, mask, clip_low, clip_high, beta, length=None, ratio="token"):
-    """The equation, one scalar at a time: loss, KL and clipped share."""
+    """Compute the equation one scalar at a time. Returns the loss, the KL and the clipped share."""
     per_completion, kls, clips = [], [], []
     for i in range(len(logprobs)):
         tokens = [t for t in range(len(logprobs[i])) if mask[i][t]]
@@ -87,7 +87,7 @@ VARIANTS += [variant | {"ratio": "sequence"} for variant in VARIANTS]
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_is_the_equation(seed, beta, variant):
-    """And the stats are means over completions of means over their tokens, whatever the loss is divided by."""
+    """The stats are means over completions of means over their tokens, whatever the loss is divided by."""
     logprobs, old, ref, advantages, mask = random_case(seed)
     loss, stats = grpo_loss(logprobs, old, ref if beta else None, advantages, mask, 0.2, 0.3, beta, **variant)
     tolists = [x.tolist() for x in (logprobs, old, ref, advantages, mask)]
@@ -147,7 +147,7 @@ def test_equal_rewards_leave_only_the_kl_gradient():
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_what_the_mask_excludes_has_no_effect_even_if_it_is_not_finite(variant):
+def test_masked_values_have_no_effect_even_if_they_are_not_finite(variant):
     logprobs, old, ref, advantages, mask = random_case(4)
     clean = logprobs.clone().requires_grad_(True)
     dirty = logprobs.masked_fill(~mask, float("nan")).requires_grad_(True)
@@ -170,15 +170,15 @@ def test_loss_is_float32_for_bfloat16_inputs():
 # ---- variants ----
 
 
-def test_what_a_completion_is_divided_by(one_process):
-    """None, the mean number of tokens and the longest possible number of them."""
+def test_the_length_that_divides_the_loss_of_a_completion(one_rank):
+    """None, the mean number of tokens of a completion, and the largest possible number of tokens."""
     mask = torch.arange(7) < torch.tensor([[3], [7], [1], [6]])
     lengths = [loss_length(mask, average, 16) for average in ("completion", "token", "constant")]
     assert lengths == [None, 17 / 4, 16.0]
 
 
 class FixedLogprobs:
-    """A policy whose log-probs are its parameters, found by a rollout's first token; called as a DDP module is."""
+    """A policy whose log-probs are its parameters. A rollout's first token selects them. Called like a DDP module."""
 
     def __init__(self, logprobs):
         self.logprobs = [rows.clone().requires_grad_(True) for rows in logprobs]
@@ -192,9 +192,10 @@ class FixedLogprobs:
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_token_average_weighs_all_tokens_of_all_ranks_and_parts_the_same(exact, ratio):
-    """DAPO: two ranks of two parts have the gradient of one mean over all their tokens, however unequally they share
-    them. The mean length that accumulate_gradients gets is that of all; a part's own would give another gradient."""
+def test_token_average_weighs_all_tokens_of_all_ranks_and_parts_equally(exact, ratio):
+    """DAPO: two ranks with two parts each give the gradient of one mean over all their tokens, also if the parts have
+    unequal numbers of tokens. accumulate_gradients gets the mean length over all ranks and parts. A part's own mean
+    length would give another gradient."""
     parts = [[x.double() if x.is_floating_point() else x for x in random_case(seed)] for seed in (1, 2, 3, 4)]
     for longest, part in enumerate(parts, start=2):  # completions of 1 or 2 tokens, of 2 or 3, ...
         part[4] = torch.arange(5) < torch.tensor([longest - 1, longest, longest - 1])[:, None].repeat(2, 1)
@@ -241,8 +242,8 @@ def test_sequence_ratio_is_gspo(exact, seed):
 
 
 @pytest.mark.parametrize("length", [None, 2.6])
-def test_ratios_differ_only_once_the_policy_has_moved(exact, length):
-    """At pi = pi_old both have the same loss and gradient; after a step, a token alone may be clipped, or all."""
+def test_token_and_sequence_ratios_differ_only_after_an_update(exact, length):
+    """At pi = pi_old both have the same loss and gradient. After a step, one clips single tokens, the other all."""
     logprobs, old, _, advantages, mask = (x.double() if x.is_floating_point() else x for x in random_case(6))
     found = []
     for ratio in ("token", "sequence"):
@@ -261,8 +262,8 @@ def test_ratios_differ_only_once_the_policy_has_moved(exact, length):
         assert stats["clip_fraction"].item() == share
 
 
-def test_constant_length_and_no_deviation_make_the_plain_policy_gradient(exact):
-    """Dr. GRPO: before the policy moves, each token's weight is r - mean(r), whatever the group and the length."""
+def test_constant_length_without_deviation_is_the_plain_policy_gradient(exact):
+    """Dr. GRPO: before the policy moves, each token's weight is r - mean(r), in every group and at every length."""
     logprobs, _, _, _, mask = (x.double() if x.is_floating_point() else x for x in random_case(7))
     rewards = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 2.0]], dtype=torch.float64)
     logprobs.requires_grad_(True)
@@ -286,7 +287,7 @@ def test_the_learning_rate_decays_linearly_to_zero(runs):
 
 
 def test_the_gradient_is_clipped(runs, forker):
-    """AdamW's step has the size of the learning rate, unless the gradient is as small as its epsilon, 1e-8."""
+    """AdamW's step is as large as the learning rate, unless the gradient is as small as AdamW's epsilon, 1e-8."""
     flags = ["--model=base", "--data=questions.jsonl", "--steps=1", "--prompts_per_rank=4", "--max_new_tokens=8",
              "--lr=1e-3", "--beta=0", "--seed=1"]  # fmt: skip
     base, moved = load_file(runs / "base" / "model.safetensors"), {}

@@ -169,7 +169,7 @@ def test_dropout(tiny, inputs):
     assert torch.equal(plain, logprobs(model, inputs))
 
 
-def test_dropout_continues_from_a_saved_state(one_process, tmp_path):
+def test_dropout_continues_from_a_saved_state(one_rank, tmp_path):
     optimizer, generator = ShardedAdamW({"w": nn.Parameter(torch.ones(3))}), torch.Generator().manual_seed(5)
     torch.manual_seed(4)
     save_state(tmp_path, {"step": 1}, optimizer, generator)

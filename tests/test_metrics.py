@@ -1,4 +1,4 @@
-"""metrics.jsonl and completions.jsonl: whole lines, in the order of steps, whatever has ended the run before."""
+"""metrics.jsonl and completions.jsonl have complete lines in the order of steps, however a run ended; curves.png."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import torch
 from data import Question
 from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
 
-# ---- a line at a time ----
+# ---- lines ----
 
 
 def test_cut_jsonl_keeps_the_complete_lines_up_to_a_step(tmp_path):
@@ -31,8 +31,8 @@ def test_cut_jsonl_drops_a_line_that_ends_within_a_character(tmp_path):
     assert file.read_text() == '{"step": 1}\n'
 
 
-def test_completions_are_a_line_a_question(tmp_path):
-    """Each with its own group of completions, rewards and advantages."""
+def test_completions_have_one_line_a_question(tmp_path):
+    """Each line has its question's group of completions, rewards and advantages."""
     asked = [Question(name, f"{name}.wav", "What?", ["x", "y"], answer) for name, answer in (("a", "x"), ("b", "y"))]
     rewards = torch.tensor([[0.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
     advantages = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 1 / 3]])
@@ -52,7 +52,7 @@ def test_completions_are_a_line_a_question(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The lines of each picture that is drawn: by its title, their points."""
+    """The curves in curves.png: title of the plot -> the points of each curve."""
     lines, original = {}, matplotlib.figure.Figure.savefig
 
     def savefig(figure, path, **options):
@@ -65,7 +65,7 @@ def drawn(monkeypatch):
 
 
 def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
-    """What is no number is a gap, what no step has is not drawn, and a damaged line is passed over."""
+    """A non-numeric value becomes a gap, a metric that no step has is not drawn, and a damaged line is skipped."""
     values = [3.0, 1.0, None, 5.0, 7.0, 9.0, 2.0, 4.0]
     for step, value in enumerate(values, start=1):
         append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 1.0, "accuracy": value})
@@ -83,7 +83,7 @@ def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
     assert [title for title, lines in drawn.items() if lines] == ["loss"]
 
 
-def test_no_metrics_are_no_picture(tmp_path):
+def test_no_picture_without_metrics(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2}\n')
     draw_curves(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]

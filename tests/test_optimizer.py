@@ -1,4 +1,4 @@
-"""ShardedAdamW equals AdamW in float32, and learns in bfloat16 where plain AdamW stands still."""
+"""ShardedAdamW equals AdamW in float32. In bfloat16 it learns, while plain AdamW stands still."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ from torch import nn
 
 from training.optimizer import ShardedAdamW, assign_owners, clip_scale, global_norm
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_rank")
 LR, STEPS = 1e-6, 200
 
 
 def gradients():
-    """The same gradients each time: mostly of one sign per weight, as in training towards something."""
+    """Return the same gradients each time. Those of one weight have mostly one sign, as in real training."""
     generator = torch.Generator().manual_seed(0)
     lean = torch.randn(1000, generator=generator)
     return [lean + 0.5 * torch.randn(1000, generator=generator) for _ in range(STEPS)]
 
 
 def start(dtype):
-    """1,000 weights of the size that large models have, exact in bfloat16."""
+    """Return 1,000 weights of the size that large models have, exact in bfloat16."""
     weights = 0.02 * torch.randn(1000, generator=torch.Generator().manual_seed(1))
     return nn.Parameter(weights.bfloat16().to(dtype))
 
@@ -43,7 +43,7 @@ def with_masters(dtype):
 
 
 def test_gradients_are_clipped_to_a_global_norm_in_float32():
-    """AdamW's first step has the size of the learning rate whatever the gradient's; its memory shows the clipping."""
+    """AdamW's first step is as large as the learning rate for any gradient, so only its first moment shows clipping."""
     parameters = {"a": start(torch.bfloat16), "b": start(torch.bfloat16)}
     optimizer = ShardedAdamW(parameters)
     for parameter, gradient in zip(parameters.values(), gradients()):
@@ -57,7 +57,7 @@ def test_gradients_are_clipped_to_a_global_norm_in_float32():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_has_no_scale(bad):
+def test_a_gradient_that_is_not_finite_is_an_error(bad):
     parameter = start(torch.bfloat16)
     optimizer = ShardedAdamW({"weight": parameter})
     parameter.grad = gradients()[0].bfloat16()
@@ -86,8 +86,8 @@ def test_float32_is_adamw():
     assert parameter.data_ptr() == master.data_ptr()
 
 
-def test_state_continues_where_it_was():
-    """Half of the steps, a second optimizer that takes over its state, the rest: as in one go, weights and all."""
+def test_a_loaded_state_continues_exactly():
+    """A second optimizer loads the state after half of the steps and takes the rest. The weights do not differ."""
     whole, _ = with_masters(torch.bfloat16)
     parameter, other = start(torch.bfloat16), nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
     first, second = ShardedAdamW({"weight": parameter}), ShardedAdamW({"weight": other})
@@ -104,15 +104,15 @@ def test_state_continues_where_it_was():
 
 @pytest.mark.parametrize("shape", [(1,), (3, 1000), (999,), (1000, 1)])
 def test_a_state_of_another_shape_is_refused(shape):
-    """Also one that could be spread over the weight."""
+    """Also a shape that could be broadcast to the weight's shape."""
     optimizer = ShardedAdamW({"weight": start(torch.float32)})
     state = {key: torch.zeros(shape) if tensor.dim() else tensor for key, tensor in optimizer.state["weight"].items()}
     with pytest.raises(ValueError, match="weight: .*not"):
         optimizer.load_state({"weight": state})
 
 
-def test_owners_hold_about_as_much():
-    """8 ranks and sizes like those of Qwen2-Audio: two huge matrices, hundreds of large ones, many small ones."""
+def test_ranks_own_about_the_same_size():
+    """Up to 8 ranks, sizes like those of Qwen2-Audio: two huge matrices, hundreds of large ones, many small ones."""
     sizes = {"embed": 640, "head": 640} | {f"w{i}": 45 for i in range(96)} | {f"a{i}": 17 for i in range(128)}
     sizes |= {f"b{i}": 1 for i in range(300)}
     for world_size in (1, 2, 4, 8):
@@ -126,6 +126,6 @@ def test_bfloat16_follows_float32_and_plain_bfloat16_does_not():
     weights, masters = with_masters(torch.bfloat16)
     moved = (exact - initial).abs().mean()
     assert weights.dtype == torch.bfloat16 and torch.equal(weights, masters.bfloat16())
-    assert (masters - exact).abs().mean() < 0.01 * moved  # what is left is the gradients' own rounding
+    assert (masters - exact).abs().mean() < 0.01 * moved  # the gradients' own rounding
     plain = with_torch(torch.bfloat16).float()
     assert (plain - exact).abs().mean() > 0.3 * moved

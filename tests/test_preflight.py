@@ -1,4 +1,4 @@
-"""Checks before a model is loaded: all clips at once, good ones remembered, long ones counted."""
+"""Checks before a model is loaded: all bad clips in one message, good clips remembered, long clips counted."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from training.preflight import check_headers, heard_seconds, load_checked, long_
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 questions about a clip each; of 25 there is none. One of the others is text, one is silent."""
+    """30 questions with a clip each. 25 clips are missing, one is a text file, one is silent."""
     records = [{"audio": f"{i}.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"} for i in range(30)]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
     for i in range(5):
@@ -33,7 +33,7 @@ def bad(checked):
 
 
 def test_all_problems_are_reported_together(folder):
-    """How many of how many, the first 20 in full with their lines, and what to do."""
+    """The message has the counts, the first 20 problems with their lines, and the remedy."""
     with pytest.raises(InputError) as error:
         load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=False)
     first, *lines = str(error.value).split("\n")
@@ -44,16 +44,16 @@ def test_all_problems_are_reported_together(folder):
 
 
 @pytest.mark.parametrize("decode, left", [(False, [0, 1, 3, 4]), (True, [0, 1, 4])])
-def test_skipping_leaves_the_good_ones_and_says_how_many(folder, capsys, decode, left):
-    """By their headers silent clips are good; by their samples they are not."""
+def test_skipping_keeps_the_good_questions_and_prints_how_many_are_bad(folder, capsys, decode, left):
+    """The header of a silent clip is good. Only its samples show that it is silent."""
     checked = load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True, decode=decode)
     assert [int(Path(question.audio).stem) for question in checked.questions] == left
     assert len(checked.skipped) == 30 - len(left)
-    said = capsys.readouterr().out
-    assert said.startswith(f"{30 - len(left)} of 30 questions have no usable clip; going on without them\n")
+    reported = capsys.readouterr().out
+    assert reported.startswith(f"{30 - len(left)} of 30 questions have no usable clip; going on without them\n")
 
 
-def test_nothing_is_left_to_go_on_with(folder):
+def test_no_usable_clip_is_an_error_even_with_skipping(folder):
     for i in range(5):
         (folder / f"{i}.wav").unlink()
     with pytest.raises(InputError, match="30 of 30"):
@@ -61,8 +61,8 @@ def test_nothing_is_left_to_go_on_with(folder):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_what_is_wrong_with_the_file_and_with_the_clips_is_reported_together(folder, skip):
-    """Skipping is for clips alone: what is wrong with a record still stops."""
+def test_bad_records_and_bad_clips_are_reported_together(folder, skip):
+    """--skip_bad_audio skips bad clips only: a bad record is still an error."""
     good = {"audio": "0.wav", "question": "What?", "choices": ["x", "y"], "answer": "x"}
     records = [good, good | {"answer": None}, good | {"answer": "z"}, good | {"audio": "9.wav"}, [], good]
     (folder / "q.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n{")
@@ -70,14 +70,14 @@ def test_what_is_wrong_with_the_file_and_with_the_clips_is_reported_together(fol
         load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=skip)
     first, *lines = str(error.value).split("\n")
     assert first == f"{5 - skip} problems"
-    said = {line.split("line ")[1][0]: line.split(": ", 1)[1] for line in lines}
+    reported = {line.split("line ")[1][0]: line.split(": ", 1)[1] for line in lines}
     expected = {"7": "not valid JSON", "5": "expected a JSON object", "3": "answer 'z'", "2": "has no answer"}
     expected |= {} if skip else {"4": str(folder / "9.wav")}
-    assert said.keys() == expected.keys() and all(said[i].startswith(text) for i, text in expected.items())
+    assert reported.keys() == expected.keys() and all(reported[i].startswith(text) for i, text in expected.items())
 
 
 def test_good_clips_are_opened_once(folder, monkeypatch):
-    """As long as they keep their size and time. Bad ones are looked at again: a disk that failed may be back."""
+    """A good clip with the same size and time is not opened again. A bad clip is: a disk that failed may work again."""
     cache, opened = folder / "run" / "cache.json", []
     original = preflight.audio_seconds
     monkeypatch.setattr(preflight, "audio_seconds", lambda path: opened.append(Path(path).stem) or original(path))
@@ -97,24 +97,24 @@ def test_good_clips_are_opened_once(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"x": 1}', '{"0.wav": [1, 2]}', "\ud800"])
-def test_a_damaged_cache_is_as_none(folder, content):
+def test_a_damaged_cache_is_ignored(folder, content):
     cache = folder / "cache.json"
     cache.write_bytes(content.encode("utf-8", "surrogatepass"))
     assert len(bad(check_headers(clips(folder), cache))) == 26
     assert str(folder / "0.wav") in json.loads(cache.read_text())
 
 
-# ---- what fits the model ----
+# ---- lengths of clips ----
 
 
-def test_clips_that_the_model_hears_in_part_are_counted():
+def test_clips_longer_than_the_model_hears_are_counted():
     assert long_clips_note([2.0, 30.0, 29.9], heard=30.0) is None
     expected = "2 of 4 clips are longer than 30 s: the model hears their first 30 s"
     assert long_clips_note([2.0, 30.5, 900.0, 30.0], heard=30.0) == expected
 
 
-def test_lengths_are_those_of_the_clips(folder, mmau):
+def test_lengths_equal_those_of_the_clips(folder, mmau):
     for decode in (False, True):
         checked = load_checked(str(folder / "q.jsonl"), None, skip_bad_audio=True, decode=decode)
         assert checked.seconds == {question.audio: 0.1 for question in checked.questions}
-    assert heard_seconds(str(mmau / "model")) == 2.0  # what the tiny model was made for
+    assert heard_seconds(str(mmau / "model")) == 2.0  # the seconds that the tiny model hears

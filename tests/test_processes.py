@@ -64,7 +64,7 @@ def test_the_watcher_ends_before_the_process_group(monkeypatch):
     assert asking.is_set() and not watcher.is_alive() and not dist.is_initialized()
 
 
-def test_ctrl_c_prints_what_was_saved(one_process, monkeypatch, capsys):
+def test_ctrl_c_prints_what_was_saved(one_rank, monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -90,7 +90,7 @@ def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(monkeypatch, ca
         assert said.count("\n") == spoken and ("no GPU for rank 0, " in said) == bool(spoken)
 
 
-def test_ranks_that_share_a_gpu_are_refused(one_process, monkeypatch):
+def test_ranks_that_share_a_gpu_are_refused(one_rank, monkeypatch):
     """Every run but the toy's calls this check."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     for gpus in (0, 8):
@@ -112,7 +112,7 @@ def test_sigterm_sets_an_event_and_ends_nothing():
         signal.signal(signal.SIGTERM, handler)
 
 
-def test_launchers_tell_torchruns_apart(one_process, monkeypatch):
+def test_launchers_tell_torchruns_apart(one_rank, monkeypatch):
     """By machine, process id and start time. Without torchrun there is none."""
     monkeypatch.setattr(processes, "_launcher", os.getppid())
     assert processes.launchers() == []

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never killed: metrics, completions and weights, bit for bit."""
+"""A killed and resumed run equals a run that was never killed, bit for bit: metrics, completions and weights."""
 
 import json
 import random
@@ -31,7 +31,7 @@ from model.checkpoints import load_policy
 
 @pytest.fixture(scope="session")
 def killed(runs):
-    """A run of 2 processes that was killed soon after its state of step 4, with a later step and half a line."""
+    """A run on 2 ranks, killed soon after its state of step 4. Its .jsonl files have a later step and half a line."""
     with Start(runs, "killed") as start:
         start.wait_until((runs / "killed" / "resume" / "step_000004").exists)
     for name in ("metrics.jsonl", "completions.jsonl"):
@@ -41,7 +41,7 @@ def killed(runs):
 
 
 def test_the_reference_learns(runs):
-    """Else every comparison below would be one of weights that never moved."""
+    """Otherwise the tests below would compare weights that never moved."""
     assert sum(m["grad_norm"] > 0.1 and m["equal_reward_groups"] < 1 for m in metrics(runs / "reference")) >= 6
     initial = load_file(runs / "base" / "model.safetensors")
     trained = load_file(runs / "reference" / f"step_{STEPS:06d}" / "model.safetensors")
@@ -49,14 +49,14 @@ def test_the_reference_learns(runs):
     assert len(moved) >= len(trained) - 1  # all but the audio tower's fixed positions
 
 
-# ---- the kill test ----
+# ---- kills ----
 
 
 def kill_and_resume(runs, out, steps, kills, startup, most):
-    """Kill a run in each of the ways in `kills`, resume it each time, and let it end. Returns how many hit a save.
+    """Kill a run once for each kind in `kills`, resume it each time, and let it end. Returns how many kills hit a save.
 
-    startup: the seconds until a run's first step, for kills before it. most: of the random numbers of steps after which
-    the other kills come.
+    startup: seconds until a run's first step; kills while "starting" come before that. most: the other kills come after
+    a random number of steps from 1 to `most`.
     """
     saves_hit = 0
     for number, kind in enumerate(kills):
@@ -80,7 +80,7 @@ def kill_and_resume(runs, out, steps, kills, startup, most):
 
 
 def seconds_to_first_step(runs, out, **flags):
-    """The time that a whole run takes until its first step is done."""
+    """Return how many seconds a run took until its first step was done. The run itself is completed."""
     began = time.perf_counter()
     with Start(runs, out, **flags) as start:
         start.wait_until(lambda: start.new_steps() >= 1)
@@ -90,11 +90,11 @@ def seconds_to_first_step(runs, out, **flags):
 
 
 @pytest.mark.slow
-def test_twelve_kills_end_like_none(runs):
-    """Kills before there is anything to resume from, in training, and in the middle of saves."""
+def test_a_run_killed_twelve_times_equals_an_undisturbed_one(runs):
+    """Kills come during starts (even before there is a state), during training and in the middle of saves."""
     random.seed(seed := random.randrange(10**6))
-    print("random seed", seed)  # shown where the test fails
-    steps = 60  # more than twelve starts do before they are killed
+    print("random seed", seed)  # pytest shows it if the test fails
+    steps = 60  # more steps than twelve killed starts take
     startup = seconds_to_first_step(runs, "long", steps=steps)
     kills = random.sample(["starting"] * 4 + ["training"] * 4 + ["saving"] * 4, 12)
     saves_hit = kill_and_resume(runs, "twelve", steps, kills, startup, most=5)
@@ -103,9 +103,9 @@ def test_twelve_kills_end_like_none(runs):
 
 
 @pytest.mark.slow
-def test_one_process_in_bfloat16(runs):
-    """The float32 masters are restored: weights rounded to bfloat16 would lead to another run."""
-    flags = dict(processes=1, torchrun=(), dtype="bfloat16")
+def test_one_rank_in_bfloat16(runs):
+    """A resume restores the float32 master weights. With weights rounded to bfloat16, the run would differ."""
+    flags = dict(ranks=1, torchrun=(), dtype="bfloat16")
     with Start(runs, "half", **flags) as whole, Start(runs, "half_killed", **flags) as start:
         start.wait_until((runs / "half_killed" / "resume" / "step_000004").exists)
         start.kill()
@@ -121,9 +121,9 @@ def test_one_process_in_bfloat16(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["sft_aqa.py", "grpo_aqa.py"])
 def test_an_adapter_with_dropout(runs, script):
-    """LoRA in both scripts, with a frozen audio tower: what is dropped after a resume is what would have been."""
+    """LoRA in both scripts, with a frozen audio tower. After a resume, dropout drops what it would have dropped."""
     out = script.removesuffix("_aqa.py")
-    flags = dict(script=script, processes=1, torchrun=(), lora_rank=4, lora_dropout=0.2)
+    flags = dict(script=script, ranks=1, torchrun=(), lora_rank=4, lora_dropout=0.2)
     if script == "sft_aqa.py":
         flags["log_completions_every"] = None
     switches = ["--freeze_audio_tower"]
@@ -141,49 +141,49 @@ def test_an_adapter_with_dropout(runs, script):
 
 
 @pytest.mark.slow
-def test_three_processes(runs):
-    """The sums over three ranks depend on their order, and so on the order that DistributedDataParallel has learned."""
-    with Start(runs, "three", processes=3) as whole:
+def test_three_ranks(runs):
+    """Sums over three ranks depend on their order, and so on the bucket order that DistributedDataParallel learned."""
+    with Start(runs, "three", ranks=3) as whole:
         whole.finish()
-    with Start(runs, "three_killed", processes=3) as start:
+    with Start(runs, "three_killed", ranks=3) as start:
         start.wait_until((runs / "three_killed" / "resume" / "step_000004").exists)
         start.kill()
     assert state(runs / "three_killed") < STEPS
-    finish(runs, "three_killed", "--resume", processes=3)
+    finish(runs, "three_killed", "--resume", ranks=3)
     assert_same_run(runs / "three_killed", runs / "three")
 
 
-# ---- continuing with other processes, other settings, and after an interrupted save ----
+# ---- resuming on another number of ranks, with other settings, and after an interrupted save ----
 
 
 @pytest.fixture(scope="session")
 def continued(runs, killed):
-    """Copies of the killed run, continued side by side: name -> what was printed.
+    """Resume two copies of the killed run side by side. Returns name -> what was printed.
 
-    alone: by one process instead of two. planted: among the remains of interrupted saves, with other save settings.
+    alone: on one rank instead of two. planted: among leftovers of interrupted saves, with other save settings.
     """
     for name in ("alone", "planted"):
         shutil.copytree(killed, runs / name)
     for name in ("step_000004", "step_000006", "step_000002.removed", "resume/step_000006", "resume/step_000004"):
-        remains = runs / "planted" / f"{name}.unfinished"
-        remains.mkdir(exist_ok=True)
-        (remains / "rank_0.pt").write_bytes(b"half of it")
+        leftovers = runs / "planted" / f"{name}.unfinished"
+        leftovers.mkdir(exist_ok=True)
+        (leftovers / "rank_0.pt").write_bytes(b"half of it")
     for name in ("config.json", "metrics.jsonl", "curves.png"):
         (runs / "planted" / f"{name}.unfinished").write_text("half of i")
     with (
-        Start(runs, "alone", "--resume", processes=1, torchrun=(), prompts_per_rank=BATCH) as alone,
+        Start(runs, "alone", "--resume", ranks=1, torchrun=(), prompts_per_rank=BATCH) as alone,
         Start(runs, "planted", "--resume", save_every=1, keep_last=2) as planted,
     ):
         return {"alone": alone.finish(), "planted": planted.finish()}
 
 
-def test_another_number_of_processes_continues(runs, killed, continued):
-    """The steps go on where they were, and so do the questions, each used once per epoch."""
+def test_another_number_of_ranks_continues(runs, killed, continued):
+    """Steps and questions continue where the killed run stopped. Each question is used once an epoch."""
     step, out = state(killed), runs / "alone"
     assert f"resuming after step {step}" in continued["alone"]
     assert [m["step"] for m in metrics(out)] == list(range(1, STEPS + 1))
     assert metrics(out)[:step] == metrics(runs / "reference")[:step]
-    assert metrics(out)[step]["kl"] > 0  # of the first step after: the weights are not the base model's
+    assert metrics(out)[step]["kl"] > 0  # in the first step after the resume: the weights are not the base model's
     used = [json.loads(line) for line in lines(out / "completions.jsonl")]
     for later in range(step + 1, STEPS + 1):
         expected = [f"{i}.wav" for i in step_indices(QUESTIONS, BATCH * (later - 1), BATCH, rank=0, seed=0)]
@@ -192,8 +192,8 @@ def test_another_number_of_processes_continues(runs, killed, continued):
     assert (progress["step"], progress["position"], progress["world_size"]) == (STEPS, BATCH * STEPS, 1)
 
 
-def test_remains_of_interrupted_saves_are_ignored_and_removed(runs, killed, continued):
-    """And so are steps after the state and half-written lines; how often to save and what to keep may change."""
+def test_leftovers_of_interrupted_saves_are_ignored_and_removed(runs, killed, continued):
+    """So are steps after the state and half-written lines. A resume may change --save_every and --keep_last."""
     out, reference = runs / "planted", runs / "reference"
     assert f"resuming after step {state(killed)}" in continued["planted"]
     assert metrics(out) == metrics(reference)
@@ -204,7 +204,7 @@ def test_remains_of_interrupted_saves_are_ignored_and_removed(runs, killed, cont
 
 
 def test_contradicting_settings_are_refused_in_one_line(runs, killed):
-    """With the setting and both values, and without a change to the run's files."""
+    """The line names the setting and both values. The run's files do not change."""
     changed = runs / "changed"
     changed.mkdir()
     for path in (runs / "base", *runs.glob("*.wav")):
@@ -217,7 +217,7 @@ def test_contradicting_settings_are_refused_in_one_line(runs, killed):
     def refuse(out):
         shutil.copytree(killed, out)
         before = snapshot(out)
-        with Start(out.parent, out.name, "--resume", processes=1, torchrun=(), **cases[out][0]) as start:
+        with Start(out.parent, out.name, "--resume", ranks=1, torchrun=(), **cases[out][0]) as start:
             start.finish(code=1)
             assert snapshot(out) == before
             return start.errors().splitlines()
@@ -227,17 +227,17 @@ def test_contradicting_settings_are_refused_in_one_line(runs, killed):
             assert len(errors) == 1 and re.search(f"error: refused: .*{expected}", errors[0]), errors
 
 
-# ---- what each rank has saved ----
+# ---- the files of each rank ----
 
 
 def saved_states(out):
-    """The optimizer's states by parameter name in each rank's file of a run's newest resume state."""
+    """Return the optimizer state by parameter name, for each rank's file of a run's newest resume state."""
     paths = sorted((out / "resume" / names(out / "resume")[-1]).glob("rank_*.pt"))
     return [torch.load(path, weights_only=True)["optimizer"] for path in paths]
 
 
 def test_each_rank_saves_its_half(killed):
-    """Each trainable parameter is in the file of exactly one rank, 12 bytes a weight; the ranks hold about as much."""
+    """Each trainable parameter is in one rank's file, with 12 bytes a weight. The files have about the same size."""
     policy, _ = load_policy(str(killed.parent / "base"), torch.float32, "cpu")
     sizes = {name: p.numel() for name, p in policy.named_parameters() if p.requires_grad}
     states = saved_states(killed)

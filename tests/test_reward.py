@@ -1,4 +1,4 @@
-"""The rewards as a table of completions, and MMAU's scoring rule as a table of predictions."""
+"""Check the rewards on a table of completions, and MMAU's scoring rule on a table of predictions."""
 
 import random
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from reward import _words, accuracy_reward, extract_answer, format_reward, mmau_match, prediction
 
-# completion, extracted answer, accuracy where "dog" is right, form of `answer`, form of `think`
+# completion, extracted answer, accuracy reward if "dog" is right, format rewards of `answer` and of `think`
 COMPLETIONS = [
     ("<answer>dog</answer>", "dog", 1, 1, 0),
     ("<answer>cat</answer>", "cat", 0, 1, 0),
@@ -62,7 +62,7 @@ COMPLETIONS = [
     ("<ANSWER>dog</ANSWER>", None, 0, 0, 0),
     ("<Answer>dog</answer>", None, 0, 0, 0),
     ("<Think>woof</Think><answer>dog</answer>", "dog", 1, 0, 0),
-    # thinking
+    # with thinking
     ("<think>woof</think><answer>dog</answer>", "dog", 1, 0, 1),
     ("<think>woof</think>\n<answer>dog</answer>", "dog", 1, 0, 1),
     ("<think>\nIt barks,\n\nso:\n</think> \t\r\n\n<answer>dog</answer>", "dog", 1, 0, 1),
@@ -89,7 +89,7 @@ COMPLETIONS = [
 
 @pytest.mark.parametrize("completion, extracted, accuracy, answer_form, think_form", COMPLETIONS)
 def test_rewards(completion, extracted, accuracy, answer_form, think_form):
-    """What each completion answers and earns; the template `direct` asks for no form."""
+    """The extracted answer and the rewards of each completion. The template `direct` asks for no form."""
     forms = [format_reward(completion, template) for template in ("answer", "think", "direct")]
     rewards = [accuracy_reward(completion, "dog"), *forms]
     assert extract_answer(completion) == extracted
@@ -129,7 +129,7 @@ def test_unknown_template(template):
 
 
 def test_rewards_equal_the_papers_expressions():
-    """On random texts, extraction and form equal the regular expressions they stand for."""
+    """On random texts, the extracted answer and the format rewards equal the paper's regular expressions."""
     pieces = ["<answer>", "</answer>", "<think>", "</think>", "<answer>", "</answer>", "</think><answer>", "\n", " "]
     pieces += ["\r", "\t", "\u2028", "dog", "a", "<", ">", "/", "<ans", "wer>", "</answer", "answer>", "<think", "<ANS"]
     rng, seen = random.Random(0), {"extracted": 0, "answer": 0, "think": 0}
@@ -176,7 +176,7 @@ def test_a_megabyte_takes_linear_time(text, answer_form, think_form):
 # ---- MMAU ----
 
 PETS = ["a dog", "a cat", "a big cat"]
-# right answer, prediction, choices, whether MMAU counts it
+# right answer, prediction, choices, whether MMAU counts the prediction as right
 MATCHES = [
     ("dog", "dog", ["dog", "cat"], True),
     ("dog", "cat", ["dog", "cat"], False),
@@ -197,7 +197,7 @@ MATCHES = [
     ("loud then quiet", "loud then quiet", ["loud then quiet", "quiet then loud"], True),
     ("loud then quiet", "quiet then loud", ["loud then quiet", "quiet then loud"], True),
     ("dog", "dog dog", ["dog", "cat"], True),
-    # choices that share words with, hold or repeat each other
+    # choices that share words, contain each other or repeat
     ("a dog", "a dog", PETS, True),
     ("a dog", "dog", PETS, False),
     ("a dog", "a big dog", PETS, False),
@@ -222,7 +222,7 @@ MATCHES = [
     ("3.5 Hz", "3,5 hz", ["3.5 Hz", "4 Hz"], True),
     ("3.5 Hz", "35 Hz", ["3.5 Hz", "4 Hz"], False),
     ("1:00", "1:00 to 2:00", ["1:00", "2:00"], False),
-    # apostrophe and hyphen part words, underscore and letters of any script do not
+    # apostrophe and hyphen separate words; underscore and letters of any script do not
     ("it's a bell", "it s a bell", ["it's a bell", "it's a drum"], True),
     ("it's a bell", "its a bell", ["it's a bell", "it's a drum"], False),
     ("hip-hop", "hip hop", ["hip-hop", "pop"], True),
@@ -243,10 +243,10 @@ MATCHES = [
 ]
 
 
-@pytest.mark.parametrize("answer, said, choices, right", MATCHES)
-def test_mmau_match(answer, said, choices, right):
-    """Every word of the answer, and no word that only other choices have."""
-    assert mmau_match(answer, said, choices) is right
+@pytest.mark.parametrize("answer, predicted, choices, right", MATCHES)
+def test_mmau_match(answer, predicted, choices, right):
+    """A right prediction has every word of the answer, and no word that only other choices have."""
+    assert mmau_match(answer, predicted, choices) is right
 
 
 def test_mmau_match_equals_the_rule_spelled_out():
@@ -255,11 +255,11 @@ def test_mmau_match_equals_the_rule_spelled_out():
     def words(text):
         return set("".join(c if c.isalnum() or c == "_" else " " for c in text.lower()).split(" ")) - {""}
 
-    def rule(answer, said, choices):
-        if not words(said) or any(word not in words(said) for word in words(answer)):
+    def rule(answer, predicted, choices):
+        if not words(predicted) or any(word not in words(predicted) for word in words(answer)):
             return False
         wrong = [choice for choice in choices if words(choice) != words(answer)]
-        return not any(word in words(choice) - words(answer) for choice in wrong for word in words(said))
+        return not any(word in words(choice) - words(answer) for choice in wrong for word in words(predicted))
 
     pieces = ["dog", "Dog", "dogs", "cat", "a", "it's", "hip-hop", "x_y", "É", "é", "犬", "2", "20", "3.5", "?", ""]
     pieces += ["e\u0301", "İ", "ß", "SS", "²", "½", "٣", "\u200b", "\xa0", "🎵"]
@@ -268,13 +268,13 @@ def test_mmau_match_equals_the_rule_spelled_out():
         choices = [" ".join(rng.choices(pieces, k=rng.randint(1, 3))) for _ in range(rng.randint(2, 8))]
         answer = rng.choice(choices + ["a dog"])
         extra = rng.choices(pieces, k=rng.randrange(3))
-        said = rng.choice([" ", ", ", "-"]).join([rng.choice([answer, answer.upper(), *choices, ""])] + extra)
-        outcomes.append(mmau_match(answer, said, choices))
-        assert outcomes[-1] is rule(answer, said, choices), (answer, said, choices)
+        predicted = rng.choice([" ", ", ", "-"]).join([rng.choice([answer, answer.upper(), *choices, ""])] + extra)
+        outcomes.append(mmau_match(answer, predicted, choices))
+        assert outcomes[-1] is rule(answer, predicted, choices), (answer, predicted, choices)
     assert 4_000 < sum(outcomes) < 16_000
 
 
-def test_words_are_those_that_mmau_looks_for():
-    """MMAU looks for \\b\\w+\\b: with every character between two letters, that finds the same words as \\w+."""
+def test_words_equal_the_words_that_mmau_finds():
+    """_words finds the same words as MMAU's \\b\\w+\\b, for every character between two letters."""
     text = " ".join(f"a{chr(code)}b" for code in range(0x20000) if not 0xD800 <= code < 0xE000)
     assert _words(text) == set(re.findall(r"\b\w+\b", text.lower()))

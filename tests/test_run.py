@@ -1,4 +1,4 @@
-"""The Run object: a step's questions, the checks before an update, the record and the saves of a step."""
+"""The object Run: the questions of a step, held-out scores, the checks before an update, metrics and saves."""
 
 import copy
 import json
@@ -28,14 +28,14 @@ CPU = torch.device("cpu")
 
 
 def settings(out, *flags):
-    """Five steps of three questions."""
+    """Return the settings of a run of five steps with three questions each."""
     given = ["--steps=5", "--prompts_per_rank=3", "--accumulation_steps=1", "--lr=0.5", "--max_new_tokens=4"]
     return grpo_aqa.parse_args(["--model=m", "--data=d", f"--out={out}", *given, *flags])
 
 
 @pytest.fixture
-def begin(one_process, tiny, questions, tmp_path, monkeypatch):
-    """Starts a run in tmp_path / "run" on a copy of the tiny model, as grpo_aqa.train does."""
+def begin(one_rank, tiny, questions, tmp_path, monkeypatch):
+    """A function that starts a run in tmp_path / "run" on a copy of the tiny model, as grpo_aqa.train does."""
     handler = signal.getsignal(signal.SIGTERM)
     model, processor = tiny
 
@@ -56,7 +56,7 @@ def begin(one_process, tiny, questions, tmp_path, monkeypatch):
 
 
 def batches(run):
-    """The questions of each step that is left."""
+    """Return the questions of each remaining step."""
     found = []
     for _ in run.steps():
         found.append(run.next_batch()[0])
@@ -85,7 +85,7 @@ def test_each_question_comes_once_an_epoch(begin, questions):
 
 
 @pytest.mark.parametrize("done", [3, 5])
-def test_a_resumed_run_takes_the_steps_that_are_left(begin, monkeypatch, done):
+def test_a_resumed_run_takes_the_remaining_steps(begin, monkeypatch, done):
     whole = batches(begin())
     run = begin()
     monkeypatch.setattr(run_module, "open_run", lambda *_: None)
@@ -113,7 +113,7 @@ def bad(tmp_path):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_the_first_clip_may_be_bad(begin, questions, bad, skip):
-    """It is decoded before the first step, on which every rank begins alike."""
+    """Every rank decodes it before the first step."""
     if not skip:
         with pytest.raises(InputError, match=r"d, line 9: .*silent\.wav"):
             begin(asked=[bad, *questions])
@@ -125,7 +125,7 @@ def test_the_first_clip_may_be_bad(begin, questions, bad, skip):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_bad_clip_in_a_step(begin, questions, bad, skip):
-    """It ends the run with one line, or with --skip_bad_audio another question takes its place."""
+    """It ends the run with one line. With --skip_bad_audio, another question replaces its question."""
     run = begin(*["--skip_bad_audio"] * skip, asked=[*questions, bad])
     if not skip:
         with pytest.raises(InputError, match=r"^step [12]: d, line 9: .*silent\.wav: .*--resume --skip_bad_audio; "):
@@ -140,8 +140,8 @@ def test_a_bad_clip_in_a_step(begin, questions, bad, skip):
     assert list(run.bad_clips) == ["d, line 9"]
 
 
-def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
-    """After the last comes the first; which one it is does not depend on what else is known to be bad."""
+def test_the_next_good_question_replaces_one_with_a_bad_clip():
+    """After the last question comes the first. The replacement is the same, whichever other bad clips are known."""
     questions = [Question(str(i), f"{i}.wav", "What?", ["x", "y"], "x", place=f"line {i}") for i in range(5)]
     q, known = questions, {}
     assert replace_bad(q, known, [q[0], q[3]], BadClip(q[3], "is silent")) == [q[0], q[4]]
@@ -157,7 +157,7 @@ def test_the_next_good_question_takes_the_place_of_one_with_a_bad_clip():
 # ---- held-out questions ----
 
 
-def test_heldout_scores_are_those_of_the_completions(begin, mmau, clean, monkeypatch):
+def test_heldout_scores_equal_those_of_the_completions(begin, mmau, clean, monkeypatch):
     monkeypatch.setattr(scores, "prediction", lambda text: prediction(text) if "a" in text else "rain")
     model, processor = load_policy(str(mmau / "model"), torch.float32, CPU)
     questions = load_questions(str(mmau / "mmau.json"))
@@ -170,20 +170,20 @@ def test_heldout_scores_are_those_of_the_completions(begin, mmau, clean, monkeyp
     assert run._score_heldout() == expected and sum(right) > 0
 
 
-# ---- a step's end ----
+# ---- the end of a step ----
 
 
 @pytest.mark.parametrize("loss, grad_norm", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
-def test_what_is_not_finite_stops_the_run(begin, loss, grad_norm):
+def test_a_loss_or_norm_that_is_not_finite_stops_the_run(begin, loss, grad_norm):
     run = begin()
     run.step, run.batch = 4, run.questions[:2]
-    said = "^step 4: the (loss|norm of the gradient) is (not finite|nan|inf), with the questions 0, 1; .* no checkpoint"
-    with pytest.raises(InputError, match=said):
+    line = "^step 4: the (loss|norm of the gradient) is (not finite|nan|inf), with the questions 0, 1; .* no checkpoint"
+    with pytest.raises(InputError, match=line):
         run.require_finite(loss, grad_norm)
     run.require_finite(1.0, 1e30)
 
 
-def test_a_record_has_what_was_measured_and_none_where_nothing_was(begin):
+def test_a_record_has_the_measured_values_and_none_for_the_others(begin):
     run = begin()
     steps = run.steps()
     next(steps)
@@ -199,7 +199,7 @@ def test_a_record_has_what_was_measured_and_none_where_nothing_was(begin):
     assert run.stopping and list(steps) == []
 
 
-def test_saves_come_when_due_and_when_stopping(begin, tmp_path):
+def test_saves_happen_when_due_and_when_stopping(begin, tmp_path):
     run = begin("--save_every=2")
     out = tmp_path / "run"
 
@@ -212,5 +212,5 @@ def test_saves_come_when_due_and_when_stopping(begin, tmp_path):
         run.stopping = run.step == 3
         run.save_if_due()
         seen.append(saved())
-    assert seen == [[[], []], [[2], [2]], [[2], [3]], [[2, 4], [4]], [[2, 4, 5], [5]]]  # the last step is due
+    assert seen == [[[], []], [[2], [2]], [[2], [3]], [[2, 4], [4]], [[2, 4, 5], [5]]]  # the last step is always saved
     assert run.progress == {"step": 5, "position": 15, "before": None}

@@ -1,4 +1,4 @@
-"""Checkpoints and resume states: complete or not there, for any number of processes, and never mistaken for another."""
+"""Run folders: a save is complete or missing, any number of ranks loads it, and no run continues another run."""
 
 import functools
 import json
@@ -32,19 +32,19 @@ def test_the_message_for_a_failed_write(tmp_path, monkeypatch):
     """It names the file, the reason, the free disk space, the newest checkpoint and the step to resume from."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_230_000_000))
 
-    def said():
+    def message():
         with pytest.raises(InputError) as error, writing_run(tmp_path / "x.pt", tmp_path):
             raise RuntimeError("failed\n  at position 7")
         return str(error.value)
 
-    assert said().startswith(
+    assert message().startswith(
         f"{tmp_path}/x.pt: could not be written (failed at position 7), with 1.23 GB free; there is"
     )
     assert what_is_saved(tmp_path) == "there is no checkpoint yet"
     (tmp_path / "step_000100").mkdir()
     assert what_is_saved(tmp_path) == f"the last checkpoint is {tmp_path}/step_000100"
     (tmp_path / "resume" / "step_000120").mkdir(parents=True)
-    assert f"the last checkpoint is {tmp_path}/step_000100, and --resume continues after step 120; check" in said()
+    assert f"the last checkpoint is {tmp_path}/step_000100, and --resume continues after step 120; check" in message()
 
 
 # ---- the resume state ----
@@ -53,14 +53,14 @@ SHAPES = {f"layer{i}.{name}": shape for i in range(3) for name, shape in (("weig
 
 
 def save_with_two_load_with_others(rank, folder):
-    """Two processes take three steps and save; then four load the state, then one. Each writes what it has loaded."""
+    """Take three steps on two ranks and save. Then four ranks load the state, then one. Each writes what it loaded."""
     torch.set_num_threads(1)
     for world_size in (2, 4, 1):
         if rank >= world_size:
             continue
         store = dist.FileStore(f"{folder}/store_{world_size}", world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        random_numbers = torch.Generator().manual_seed(world_size)  # others than those that are loaded
+        random_numbers = torch.Generator().manual_seed(world_size)  # they differ from those in the state
         weights = {name: torch.randn(shape, generator=random_numbers) for name, shape in SHAPES.items()}
         parameters = {name: torch.nn.Parameter(weight.bfloat16()) for name, weight in weights.items()}
         optimizer, generator = ShardedAdamW(parameters), torch.Generator().manual_seed(10 * world_size + rank)
@@ -79,7 +79,7 @@ def save_with_two_load_with_others(rank, folder):
         dist.destroy_process_group()
 
 
-def test_any_number_of_processes_loads_a_state(tmp_path):
+def test_any_number_of_ranks_loads_a_state(tmp_path):
     run_processes(save_with_two_load_with_others, (str(tmp_path),), nprocs=4)
     saved = [torch.load(tmp_path / f"2_{rank}.pt") for rank in range(2)]
     expected = saved[0]["state"] | saved[1]["state"]
@@ -93,11 +93,11 @@ def test_any_number_of_processes_loads_a_state(tmp_path):
             assert {key: rank["progress"][key] for key in progress} == progress
         sequences = [rank["generator"].tolist() for rank in loaded]
         assert sequences[:2] == [rank["generator"].tolist() for rank in saved][:world_size]
-        assert len(set(map(tuple, sequences))) == world_size  # each rank draws numbers of its own
+        assert len(set(map(tuple, sequences))) == world_size  # each rank draws its own random numbers
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_damaged_state_is_one_clear_line(one_process, tmp_path, damage):
+def test_a_damaged_state_gives_one_clear_line(one_rank, tmp_path, damage):
     optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(100, 100))}), torch.Generator()
     save_state(tmp_path, {"step": 1}, optimizer, generator)
     file = tmp_path / "resume" / "step_000001" / "rank_0.pt"
@@ -112,8 +112,8 @@ def test_a_damaged_state_is_one_clear_line(one_process, tmp_path, damage):
 # ---- saving ----
 
 
-def test_too_little_disk_space_is_said_before_anything_is_written(one_process, tmp_path, tiny, monkeypatch):
-    """With the folder, what the save takes and what is free; with enough space the same save is made."""
+def test_too_little_disk_space_is_reported_before_anything_is_written(one_rank, tmp_path, tiny, monkeypatch):
+    """The message names the folder, the space that the save takes, and the free space. With enough, saving succeeds."""
     policy, processor = tiny
     (tmp_path / "metrics.jsonl").write_text("")
     optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
@@ -129,8 +129,8 @@ def test_too_little_disk_space_is_said_before_anything_is_written(one_process, t
     assert names(tmp_path) == names(tmp_path / "resume") == ["step_000001"]
 
 
-def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, tiny):
-    """Without it, the newest checkpoint would be dropped by --resume, and none would be left."""
+def test_older_checkpoints_stay_until_the_state_is_saved(one_rank, tmp_path, tiny):
+    """--resume drops a checkpoint that is newer than the state. Without the older ones, none would be left."""
     (tmp_path / "metrics.jsonl").write_text("")
     optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
 
@@ -145,11 +145,11 @@ def test_older_checkpoints_stay_until_the_state_is_saved(one_process, tmp_path, 
     assert names(tmp_path) == names(tmp_path / "resume") == ["step_000003"]
 
 
-# ---- what a run continues from ----
+# ---- resuming ----
 
 
-def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(one_process, tmp_path, tiny, capsys):
-    """A run that was killed before its first save has metrics and no state; so has one whose move was interrupted."""
+def test_resume_without_a_state_starts_anew_and_keeps_the_old_files(one_rank, tmp_path, tiny, capsys):
+    """A run killed before its first save has no state. One whose move to earlier_N was interrupted has none either."""
     out, config = tmp_path / "run", {"lr": 1.0, "world_size": 1, "launchers": []}
 
     def start(config):
@@ -171,8 +171,8 @@ def test_resume_without_a_state_starts_anew_and_keeps_what_was_there(one_process
 
 
 @pytest.fixture
-def saved(one_process, tmp_path):
-    """(folder, config, state) of a run saved after step 2, with a checkpoint of step 4 whose state was not finished."""
+def saved(one_rank, tmp_path):
+    """(folder, config, state) of a run saved after step 2. It has a checkpoint of step 4, with an unfinished state."""
     config = {"lr": 1.0, "world_size": 1, "launchers": ["node:1:2"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"version": run_folder.VERSION}))
     for name in ("resume/step_000001", "resume/step_000002", "resume/step_000004.unfinished", "step_000004"):
@@ -181,8 +181,8 @@ def saved(one_process, tmp_path):
     return tmp_path, config, find_state(tmp_path, config, resume=True)
 
 
-def test_remains_of_a_save_make_room_before_the_disk_is_checked(saved, tiny, monkeypatch):
-    """Else a killed save could fill a disk that has room for two states, and no --resume would start."""
+def test_leftovers_of_a_save_are_removed_before_disk_space_is_checked(saved, tiny, monkeypatch):
+    """Otherwise a killed save could fill a disk that has space for two states, and no --resume would start."""
     out, config, state = saved
 
     def disk_usage(path):
@@ -192,11 +192,11 @@ def test_remains_of_a_save_make_room_before_the_disk_is_checked(saved, tiny, mon
     met = {"bad_clips_met": {"q.jsonl, line 2": "is silent"}}
     (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | met))
     open_run(out, config, state, tiny[0])
-    assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will come again
+    assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will be written again
     assert json.loads((out / "config.json").read_text()) == config | met | {"version": run_folder.VERSION}
 
 
-def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
+def test_a_state_that_another_job_saves_meanwhile_is_an_error(saved, tiny):
     out, config, state = saved
     (out / "resume" / "step_000004.unfinished").rename(out / "resume" / "step_000004")
     with pytest.raises(InputError, match="another job"):
@@ -204,7 +204,7 @@ def test_a_state_that_appears_meanwhile_is_not_overlooked(saved, tiny):
     assert len(lines(out / "metrics.jsonl")) == 4 and names(out / "resume")[-1] == "step_000004"
 
 
-def test_the_same_questions_may_lie_elsewhere(saved):
+def test_a_resume_may_find_the_same_questions_in_another_folder(saved):
     out, config, state = saved
     moved = {"data": "/scratch/job_7/q.jsonl", "audio_dir": "/scratch/job_7/wavs"}
     assert find_state(out, config | moved, resume=True) == state
@@ -212,8 +212,8 @@ def test_the_same_questions_may_lie_elsewhere(saved):
         find_state(out, config | moved | {"lr": 2.0}, resume=True)
 
 
-def test_a_folder_that_nodes_do_not_share_is_told_by_what_is_in_it(tmp_path):
-    """Not by a config.json of an earlier run; a network disk may show a new one late."""
+def test_a_folder_that_nodes_do_not_share_is_recognized_by_its_content(tmp_path):
+    """A config.json of an earlier run does not count. A network disk may show a new one late."""
     path = tmp_path / "config.json"
     assert not run_folder._appears(path, b"new", seconds=0.3)
     path.write_text("old")
@@ -223,7 +223,7 @@ def test_a_folder_that_nodes_do_not_share_is_told_by_what_is_in_it(tmp_path):
     assert run_folder._appears(path, b"new", seconds=60)
 
 
-def test_only_the_same_torchrun_continues_unasked(saved):
+def test_only_the_same_torchrun_continues_without_resume(saved):
     out, config, state = saved
     assert find_state(out, config | {"launchers": ["other:1:2", "node:1:2"]}, resume=False) == state
     assert find_state(out, config | {"launchers": ["node:1:3"]}, resume=False) is None

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: targets, loss and gradient against transformers' own, parts and processes, the command."""
+"""Supervised fine-tuning: its targets; loss and gradient against transformers; parts and ranks; the command."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ def test_think_has_no_target(capsys):
     assert "--template think" in capsys.readouterr().err
 
 
-def test_targets_end_with_the_turn(tiny):
+def test_targets_end_the_turn(tiny):
     tokenizer = tiny[1].tokenizer
     tokens, mask = encode_targets(tiny[1], ["rain", "the wind in the trees"])
     assert mask.sum(dim=1).tolist() == [len(tokenizer(text + "<|im_end|>")["input_ids"])
@@ -54,20 +54,22 @@ def test_targets_end_with_the_turn(tiny):
 # ---- the loss ----
 
 
-def theirs(model, processor, questions, template):
-    """transformers' loss over the chat with the answer as the assistant's turn, labels -100 elsewhere: a question at a
-    time, with audio padded as its processor pads, summed and divided by all target tokens."""
+def transformers_loss(model, processor, questions, template):
+    """Return transformers' own loss: the sum over all questions, one at a time, divided by the number of target tokens.
+
+    The answer is the assistant's turn of a chat. All other labels are -100. The processor pads the audio.
+    """
     total, tokens = 0.0, 0
     for question, answer in zip(questions, ANSWERS):
         content = [{"type": "audio", "audio_url": question.audio}]
         content.append({"type": "text", "text": build_prompt(question, template)})
         prompt = processor.apply_chat_template([{"role": "user", "content": content}],
                                                add_generation_prompt=True, tokenize=False)  # fmt: skip
-        said = {"direct": answer, "answer": f"<answer>{answer}</answer>"}[template] + "<|im_end|>"
+        target = {"direct": answer, "answer": f"<answer>{answer}</answer>"}[template] + "<|im_end|>"
         clip = load_audio(question.audio)
-        inputs = processor(text=[prompt + said], audio=[clip], sampling_rate=16_000, return_tensors="pt")
+        inputs = processor(text=[prompt + target], audio=[clip], sampling_rate=16_000, return_tensors="pt")
         labels = inputs["input_ids"].clone()
-        labels[:, : -len(processor.tokenizer(said)["input_ids"])] = -100
+        labels[:, : -len(processor.tokenizer(target)["input_ids"])] = -100
         inputs["input_features"] = inputs["input_features"].to(model.dtype)
         count = (labels != -100).sum().item()
         total, tokens = total + model(**inputs, labels=labels).loss * count, tokens + count
@@ -82,12 +84,12 @@ def test_loss_counts_target_tokens_alone():
 
 @pytest.mark.parametrize("template", ["direct", "answer"])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_loss_and_gradient_are_those_of_transformers(tiny, questions, one_process, template, parts):
+def test_loss_and_gradient_are_those_of_transformers(tiny, questions, one_rank, template, parts):
     model, processor = tiny
     model.zero_grad(set_to_none=True)
-    theirs(model, processor, questions, template).backward()
+    transformers_loss(model, processor, questions, template).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    expected_loss = theirs(model, processor, questions, template).item()
+    expected_loss = transformers_loss(model, processor, questions, template).item()
 
     prompt = encode_prompts(processor, questions, template)
     targets, mask = encode_targets(processor, [target_text(answer, template) for answer in ANSWERS])
@@ -106,7 +108,7 @@ def test_loss_and_gradient_are_those_of_transformers(tiny, questions, one_proces
 
 
 def shared_gradient(rank, world_size, parts, questions, folder):
-    """Save the gradient of four questions, shared by the processes and split into parts."""
+    """Save the loss and gradient of four questions, shared by the ranks and split into parts."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -126,8 +128,8 @@ def shared_gradient(rank, world_size, parts, questions, folder):
     dist.destroy_process_group()
 
 
-def test_parts_and_processes_do_not_change_the_gradient(questions, tmp_path):
-    """Though their targets differ in length, so that the mean of the parts' own means would be another."""
+def test_parts_and_ranks_do_not_change_the_gradient(questions, tmp_path):
+    """The targets differ in length: the mean of the parts' own means would be another number."""
     outcomes = []
     for world_size, parts in ((1, 1), (1, 4), (2, 2)):
         folder = tmp_path / f"{world_size}_{parts}"
@@ -145,7 +147,7 @@ def test_parts_and_processes_do_not_change_the_gradient(questions, tmp_path):
 
 def test_a_run_on_two_ranks(tmp_path, questions, tiny):
     tiny[0].float().save_pretrained(tmp_path / "base")
-    tiny[0].double()  # as other tests expect it
+    tiny[0].double()  # other tests expect float64
     tiny[1].save_pretrained(tmp_path / "base")
     records = [{"audio": q.audio, "question": q.question, "choices": q.choices, "answer": q.answer} for q in questions]
     (tmp_path / "questions.json").write_text(json.dumps(records))
@@ -163,6 +165,6 @@ def test_a_run_on_two_ranks(tmp_path, questions, tiny):
     expected = {"loss", "entropy", "grad_norm", "lr", "completion_tokens", "seconds_data", "seconds_train", "seconds"}
     assert expected <= set(metrics[0])
     assert [m["lr"] for m in metrics] == pytest.approx([3e-3 * (12 - i) / 12 for i in range(12)])
-    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]  # four questions, whose answers are all the same
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]  # four questions with the same answer
     assert json.loads((out / "config.json").read_text())["method"] == "SFT"
     assert (out / "curves.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The toy's world is complete or missing; the warm start's targets have the rewarded form."""
+"""The toy's world is complete or missing. The targets of the warm start earn the format reward."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_make_world_is_complete_or_not_there(tmp_path, monkeypatch):
+def test_make_world_is_complete_or_missing(tmp_path, monkeypatch):
     def killed(folder, **_):
         (folder / "audio").mkdir()
         (folder / "train.jsonl").touch()
@@ -33,7 +33,7 @@ def test_make_world_is_complete_or_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_warm_start_text_has_the_rewarded_form(template):
+def test_warm_start_text_earns_the_format_reward(template):
     text = toy_model.warm_start_text("stays the same", template)
     assert format_reward(text, template) == 1.0 and prediction(text) == "stays the same"
     assert text.count("stays the same") == (2 if template == "think" else 1)

@@ -1,4 +1,4 @@
-"""The toy's world: its levers change what they name and nothing else."""
+"""The toy's clips and questions: heldout_noise and label_noise change what they name and nothing else."""
 
 import json
 
@@ -10,7 +10,7 @@ from training.toy_world import with_label_noise, write_world
 
 
 def read(folder):
-    """(training records, held-out records, samples of each clip) of a world."""
+    """Read a world. Returns (training records, held-out records, samples of each clip)."""
     train = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     clips = {path.name: soundfile.read(path, always_2d=True)[0] for path in sorted((folder / "audio").iterdir())}
     return train, json.loads((folder / "heldout.json").read_text()), clips
@@ -18,7 +18,7 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """The same small world as it is, with ten times the noise held out, and with half of the labels wrong."""
+    """The same small world three times: plain, with ten times the held-out noise, and with half of the labels wrong."""
     folder = tmp_path_factory.mktemp("worlds")
     changes = {"plain": {}, "noisy": {"heldout_noise": 10.0}, "mislabelled": {"label_noise": 0.5}}
     for name, change in changes.items():
@@ -27,7 +27,7 @@ def worlds(tmp_path_factory):
 
 
 def test_heldout_noise_is_added_to_heldout_clips_alone(worlds):
-    """The clip is the same and its noise ten times as strong, as far as samples are not clipped to full scale."""
+    """The sound is the same and the noise ten times as strong, except in samples clipped to full scale."""
     (train, heldout, plain), (noisy_train, noisy_heldout, noisy) = worlds["plain"], worlds["noisy"]
     assert train == noisy_train and heldout == noisy_heldout and plain.keys() == noisy.keys()
     strength = {"easy": 0.003, "medium": 0.01, "hard": 0.03}
@@ -37,7 +37,7 @@ def test_heldout_noise_is_added_to_heldout_clips_alone(worlds):
     for record in heldout:
         name = record["audio_id"].split("/")[-1]
         inside = (abs(plain[name]) < 0.99) & (abs(noisy[name]) < 0.99)
-        added = (noisy[name] - plain[name])[inside]  # 9 times the noise that was there
+        added = (noisy[name] - plain[name])[inside]  # 9 times the noise of the plain clip
         assert added.std() == pytest.approx(9 * strength[record["difficulty"]], rel=0.15)
 
 
@@ -55,7 +55,7 @@ def test_with_label_noise():
     assert json.dumps(records) == before and noisy == with_label_noise(records, 0.3, seed=1)
     moved = [(b["answer"] - a["answer"]) % 4 for a, b in zip(records, noisy)]
     assert moved.count(0) == 2100
-    assert all(abs(moved.count(k) - 300) < 60 for k in (1, 2, 3))  # each wrong choice alike: deviation 14
+    assert all(abs(moved.count(k) - 300) < 60 for k in (1, 2, 3))  # all wrong choices equally: deviation 14
     where = [i for i, k in enumerate(moved) if k]
     assert np.mean(where) == pytest.approx(1500, abs=100)  # all over the file: deviation 29
     other = with_label_noise(records, 0.3, seed=2)

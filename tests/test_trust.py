@@ -1,4 +1,4 @@
-"""Nothing is trusted: no file that was downloaded can run code, by being opened or by being shown."""
+"""No downloaded file can run code: neither when a script opens it, nor when a page shows its texts."""
 
 import ast
 import html.parser
@@ -23,8 +23,8 @@ FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "pickle.load", "pickle.loa
              "numpy.load", "np.load", "yaml.load", "tempfile.mktemp"}  # fmt: skip
 
 
-def distrusted(source: str) -> list[str]:
-    """The calls in a source that could run what a file says."""
+def unsafe_calls(source: str) -> list[str]:
+    """Return the calls in a source that could run code from a file."""
     found = []
     for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
         name, flags = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
@@ -42,8 +42,8 @@ def distrusted(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_no_source_runs_what_a_file_says(source):
-    assert distrusted((ROOT / source).read_text()) == []
+def test_no_source_has_an_unsafe_call(source):
+    assert unsafe_calls((ROOT / source).read_text()) == []
 
 
 BAD_CALLS = ["torch.load(x)", "torch.load(x, weights_only=False)", "pickle.load(x)", "eval(x)", "os.system(x)",
@@ -53,8 +53,8 @@ BAD_CALLS = ["torch.load(x)", "torch.load(x, weights_only=False)", "pickle.load(
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
-def test_such_calls_would_be_found(call):
-    assert len(distrusted(f"def f(x):\n    return [{call}]")) == 1
+def test_unsafe_calls_would_be_found(call):
+    assert len(unsafe_calls(f"def f(x):\n    return [{call}]")) == 1
 
 
 class Bomb:
@@ -65,7 +65,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_resume_state_that_would_run_code_is_refused_and_does_not(one_process, tmp_path):
+def test_a_resume_state_with_code_is_refused_and_the_code_does_not_run(one_rank, tmp_path):
     state, trace = tmp_path / "step_000001", tmp_path / "it ran"
     state.mkdir()
     (state / "progress.json").write_text(json.dumps({"step": 1, "position": 1, "before": None, "world_size": 1}))
@@ -73,19 +73,19 @@ def test_a_resume_state_that_would_run_code_is_refused_and_does_not(one_process,
     with pytest.raises(InputError, match="cannot be resumed from") as error:
         load_state(state, None, None)
     assert not trace.exists() and "\n" not in str(error.value)
-    assert "weights_only" not in str(error.value)  # torch's own words advise to trust it
+    assert "weights_only" not in str(error.value)  # torch's own message advises to trust the file
     torch.load(state / "rank_0.pt", weights_only=False)
-    assert trace.exists()  # so it would have run
+    assert trace.exists()  # an unsafe load does run the code
 
 
-# ---- what is shown ----
+# ---- pages ----
 
 MARKUP = ['"><script>alert(1)</script>', "</script><img src=x onerror=alert(1)>", "<!-- ", "'onmouseover='alert(1)",
           "]]>", "javascript:alert(1)", "&lt;b&gt;", "</pre></article><h1>"]  # fmt: skip
 
 
 class Elements(html.parser.HTMLParser):
-    """The elements and attributes of a page, and where its addresses lead."""
+    """The elements of a page with their attributes, its src and href addresses, and its texts."""
 
     def __init__(self, text):
         super().__init__()
@@ -101,7 +101,7 @@ class Elements(html.parser.HTMLParser):
 
 
 def page(folder, text):
-    """A page in which every field says `text`."""
+    """Return a page that has `text` in every field."""
     choices = [text, f"{text} too"]
     question = Question(text, f"clips/{text}.wav", text, choices, text, task=text, difficulty=text, sub_category=text)
     records = [
@@ -113,8 +113,8 @@ def page(folder, text):
 
 
 @pytest.mark.parametrize("text", MARKUP)
-def test_the_page_shows_markup_and_does_not_obey_it(tmp_path, text):
-    """Its elements and attributes are those of a page of plain words, its clips lie where they lay."""
+def test_the_page_shows_markup_as_text(tmp_path, text):
+    """The page has the elements and attributes of a page with plain words, and its addresses stay local files."""
     plain, marked = Elements(page(tmp_path, "words")), Elements(page(tmp_path, text))
     assert marked.found == plain.found
     assert any(text in shown for shown in marked.texts)
@@ -123,11 +123,11 @@ def test_the_page_shows_markup_and_does_not_obey_it(tmp_path, text):
     )
 
 
-# ---- what is written ----
+# ---- files that scripts write ----
 
 
-def test_files_are_as_private_as_the_user_wishes(tmp_path, monkeypatch):
-    """Those in the run folder follow the umask; one that only tries whether a file can be written has no name."""
+def test_written_files_follow_the_umask(tmp_path, monkeypatch):
+    """Files in the run folder follow the umask. The file with which check_folder tries to write has no name."""
     before = os.umask(0o077)
     try:
         write_text(tmp_path / "config.json", "{}")
@@ -138,8 +138,8 @@ def test_files_are_as_private_as_the_user_wishes(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_nothing_is_written_to_a_folder_that_all_users_share():
-    """No script names /tmp, or makes a named temporary file."""
+def test_no_script_writes_to_a_folder_that_all_users_share():
+    """No script names /tmp or makes a named temporary file."""
     for name in SOURCES:
         source = (ROOT / name).read_text()
         assert '"/tmp' not in source and "NamedTemporaryFile" not in source and "mkdtemp" not in source, name

@@ -1,4 +1,4 @@
-"""Training runs in the tests: processes of their own that may be killed, and what they leave, compared."""
+"""Start training runs, kill them, and compare their run folders."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from data import load_questions
 from training import toy_model
 from training.run_folder import step_folders
 
-QUESTIONS, BATCH, STEPS = 5, 4, 8  # the batch does not divide the questions, so epochs begin within steps
+QUESTIONS, BATCH, STEPS = 5, 4, 8  # 5 is no multiple of 4: epochs begin within steps
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": STEPS, "save_every": 2, "prompts_per_rank": 2,
          "accumulation_steps": 2, "max_new_tokens": 8, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
 
-# ---- commands that may be killed ----
+# ---- commands that a test may kill ----
 
 
 def free_port():
@@ -35,7 +35,10 @@ def free_port():
 
 
 def family(pid):
-    """The ids of a process and of all that descend from it, dead ones left out. torchrun's workers lead own groups."""
+    """Return the ids of a process and all its descendants, without dead ones.
+
+    A process group would not do: torchrun's workers lead groups of their own.
+    """
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
     rows = [line.split() for line in listed.stdout.splitlines()]
     found, living = [pid], {int(child): int(parent) for child, parent, state in rows if not state.startswith("Z")}
@@ -51,19 +54,19 @@ def send(signal_number, pids):
 
 
 def version(path):
-    """Something that differs once a file has been written anew; None while there is no such file."""
+    """Return a value that changes when the file is rewritten; None if there is no file."""
     with suppress(FileNotFoundError):
         return path.stat().st_ino, path.stat().st_mtime_ns
 
 
 class Start:
-    """A training script, started in `folder` with FLAGS and what is given beside them; through torchrun on 2 processes.
+    """Start a training script in `folder` with FLAGS and the given flags; by default through torchrun on 2 ranks.
 
-    Use it in a `with`: whatever happens, none of its processes survives that.
+    Use it in a `with`: it kills all its processes at the end, whatever happens.
     """
 
-    def __init__(self, folder, out, *switches, script="grpo_aqa.py", processes=2, torchrun=("--standalone",), **flags):
-        launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"] if torchrun else []
+    def __init__(self, folder, out, *switches, script="grpo_aqa.py", ranks=2, torchrun=("--standalone",), **flags):
+        launcher = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={ranks}"] if torchrun else []
         given = [f"--{name}={value}" for name, value in (FLAGS | flags | {"out": out}).items() if value is not None]
         self.out, self.known, self.config_before = folder / out, [], version(folder / out / "config.json")
         self.step_before = state(folder / out) if self.config_before and "--resume" in switches else 0
@@ -89,13 +92,13 @@ class Start:
         return self.errors_to.read_text()
 
     def new_steps(self):
-        """How many steps this start has added to metrics.jsonl."""
+        """Return how many steps this start has added to metrics.jsonl."""
         if version(self.out / "config.json") == self.config_before:
-            return 0  # the file may still hold what is going to be dropped
+            return 0  # the file may still hold lines that a resume will drop
         return len(lines(self.out / "metrics.jsonl")) - self.step_before
 
     def wait_until(self, condition):
-        """Return as soon as the condition holds, which it has to before the command ends or hangs."""
+        """Wait until the condition holds. Fails if the command ends first, or after 90 seconds."""
         deadline = time.monotonic() + 90
         while not condition():
             ended = "hangs" if time.monotonic() > deadline else self.process.poll()
@@ -103,14 +106,14 @@ class Start:
             time.sleep(0.001)
 
     def workers(self):
-        """The ids of the training processes that torchrun has started, in the order of their ranks."""
+        """Return the process ids of torchrun's workers, in the order of their ranks."""
         self.known = sorted(family(self.process.pid)[1:])
         return self.known
 
     def kill(self):
-        """SIGKILL for all of its processes at once, as when a machine goes down."""
+        """Kill all its processes at once with SIGKILL, as if the machine went down."""
         if self.process.poll() is None:
-            send(signal.SIGSTOP, [self.process.pid, *self.known])  # so that none does or starts anything meanwhile
+            send(signal.SIGSTOP, [self.process.pid, *self.known])  # so that none works or starts another meanwhile
             doomed = [self.process.pid, *self.workers()]
             send(signal.SIGKILL, doomed)
             self.process.wait()
@@ -118,20 +121,20 @@ class Start:
                 time.sleep(0.01)
 
     def finish(self, code=0):
-        """Wait for its end. Returns what it printed."""
+        """Wait for its end, check its exit status and return what it printed."""
         assert self.process.wait(timeout=300) == code, f"{self.printed()} {self.errors()[-3000:]}"
         return self.printed()
 
 
 def finish(*args, **kwargs):
-    """Start a training script and wait for its good end. Returns what it printed."""
+    """Run a training script, require exit status 0 and return what it printed."""
     with Start(*args, **kwargs) as start:
         return start.finish()
 
 
 @contextmanager
 def killed_in(module, name):
-    """Inside `with`, the process is killed when it calls that function, as far as an exception can stand in for it."""
+    """Make a function raise KeyboardInterrupt inside the `with`. The exception stands in for a kill of the process."""
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -141,11 +144,11 @@ def killed_in(module, name):
         yield
 
 
-# ---- what a run folder holds ----
+# ---- reading a run folder ----
 
 
 def lines(path):
-    """The complete lines of a file; none while there is no such file."""
+    """Return the complete lines of a file; none if there is no file."""
     with suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").split("\n")[:-1]
     return []
@@ -156,19 +159,18 @@ def names(folder):
 
 
 def state(out):
-    """The step after which a run would continue; 0 if it would start anew."""
+    """Return the step after which --resume would continue; 0 if the run would start from the beginning."""
     return int(names(out / "resume")[-1].removeprefix("step_")) if names(out / "resume") else 0
 
 
 def metrics(out):
-    """metrics.jsonl without what may differ between two equal runs."""
+    """Read metrics.jsonl without the fields in which equal runs differ: times and memory."""
     records = [json.loads(line) for line in lines(out / "metrics.jsonl")]
     return [{k: v for k, v in m.items() if not k.startswith("seconds") and k != "peak_memory_gb"} for m in records]
 
 
 def snapshot(folder):
-    """Every file with its content and the time of its last change, but what a save left unfinished, and the cache of
-    what is known about clips."""
+    """Return path -> (modification time, content) of all files but unfinished saves and the cache of audio headers."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".unfinished" not in str(path)]
     files = [path for path in files if path.name != "audio_headers.json"]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
@@ -184,7 +186,7 @@ def assert_same_weights(folder, expected):
 
 
 def assert_same_run(out, expected):
-    """Two run folders hold the same run to the last bit, and nothing unfinished is left over."""
+    """Require that two run folders hold the same run to the last bit, and that no unfinished file is left."""
     assert metrics(out) == metrics(expected)
     assert lines(out / "completions.jsonl") == lines(expected / "completions.jsonl")
     assert names(out) == names(expected)
@@ -198,7 +200,7 @@ def assert_same_run(out, expected):
 
 
 def make_runs(folder):
-    """A folder with base/, questions.jsonl and a whole run of 2 processes in reference/."""
+    """Write base/, questions.jsonl and reference/, a complete run on 2 ranks, to a folder."""
     rng, records = np.random.default_rng(0), []
     for i in range(QUESTIONS):
         soundfile.write(folder / f"{i}.wav", 0.3 * rng.normal(size=4800 + 1600 * i).clip(-3, 3), 16_000)
@@ -210,8 +212,7 @@ def make_runs(folder):
 
 
 def make_base(rank, folder):
-    """Tiny and nearly random, yet so that some completions earn a reward and others none: else nothing would be
-    learned."""
+    """Write a tiny, nearly random model. Some of its completions earn a reward and some do not: so a run can learn."""
     torch.set_num_threads(1)
     os.chdir(folder)
     toy_model.make_base(load_questions("questions.jsonl"), Path("base"), steps=45, random_answers=1.0, seed=0)
