@@ -141,7 +141,7 @@ def test_table(monkeypatch):
     peaks = {1: 155.9, 4: 78.5, 8: 62.0}
     monkeypatch.setattr(memory, "count", lambda config, dtype, gpus, args: {"peak": peaks[gpus], "reference": 16.8})
     header, _, *rows = memory.memory_table(settings()).splitlines()[3:]
-    assert header == "| beta | GPUs | peak per GPU | 24 GB card | 48 GB card | 80 GB card | |"
+    assert header == "| beta | GPUs | peak per GPU | 24 GB card | 48 GB card | 80 GB card |"
     assert rows[1] == "| 0.04 | 4 | 78.5 GB | does not fit | does not fit | does not fit |"  # 2 GB are left
     assert rows[2] == "| 0.04 | 8 | 62.0 GB | does not fit | does not fit | fits |"
     assert rows[5] == "| 0 | 8 | 45.2 GB | does not fit | fits | fits |"

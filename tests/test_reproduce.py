@@ -169,7 +169,7 @@ def test_fewer_seeds_keep_the_table(stubs, tmp_path, monkeypatch, capfd):
     rows = ("--out", "t", "--rows", "sft_full,grpo_answer")
     assert command_line(monkeypatch, *rows, "--seeds", 3) == 0
     results, table = ((tmp_path / "t" / name).read_text() for name in ("results.json", "table.md"))
-    assert "Of 3 seeds" in table and json.loads(results)["seeds"] == 3
+    assert "Mean ± standard deviation over 3 seeds" in table and json.loads(results)["seeds"] == 3
     assert command_line(monkeypatch, *rows, "--seeds", 1) == 0
     assert [(tmp_path / "t" / name).read_text() for name in ("results.json", "table.md")] == [results, table]
     shutil.rmtree(tmp_path / "t" / "seed_1")

@@ -99,6 +99,9 @@ def test_unfinished_rows_are_named(real, tmp_path):
     for job in finished:
         finish(job)
     text = table.write_table(real, finished, picture=False)
-    assert "Not finished: sft_full of seed 1, grpo_answer of seed 1." in text and "Of 2 seeds" in text
+    assert (
+        "Not finished: sft_full of seed 1, grpo_answer of seed 1." in text
+        and "Mean ± standard deviation over 2 seeds" in text
+    )
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["seeds"] == 2 and [test["seed"] for test in found["mcnemar"]] == [0, 2]
