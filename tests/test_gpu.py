@@ -40,7 +40,7 @@ def test_greedy_tokens_equal_the_cpus(both, questions):
     assert torch.equal(tokens, gpu_tokens.cpu()) and torch.equal(mask, gpu_mask.cpu())
 
 
-def test_cuda_graphs_draw_the_same_tokens(both, questions, monkeypatch):
+def test_recorded_cuda_graphs_draw_the_same_tokens(both, questions, monkeypatch):
     """CUDA graphs draw the same tokens as the same kernels without graphs, over several rollouts: with longer and
     shorter prompts, more than COMPLETION_SLOTS tokens, and changed weights."""
     monkeypatch.setattr(decoding, "PROMPT_SLOTS", 8)  # so that these prompts take different numbers of slots
