@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("audio_dir", "folder that relative audio paths start from [the question file's folder]")
     add("out", "predictions file [mmau_predictions.json, or ..._silence.json and so on, in the checkpoint's folder; "
         "for a Hugging Face name, in runs/NAME/untouched/]")  # fmt: skip
-    add("batch_size", "questions decoded at once; in float32 it does not change a prediction", type=int, default=16)
+    add("batch_size", "questions decoded at once", type=int, default=16)
     add("template", "prompt template [the one each checkpoint was trained with, else answer]", choices=TEMPLATES)
     add("max_new_tokens", "longest completion, in tokens", type=int, default=256)
     add("limit", "score only the first N questions", type=int, metavar="N")
@@ -106,7 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("samples", "sample K >= 2 completions a question; the prediction is their majority vote", type=int, metavar="K")
     add("temperature", "temperature of --samples [1.0]", type=float)
     add("seed", "seed of --samples, --shuffle_audio, --ablations and --check_batching [0]", type=int, default=0)
-    add("check_batching", "only count the predictions that change in batches of one, on N questions [100]", type=int,
+    add("check_batching", "only count predictions that differ if asked one at a time, on N questions [100]", type=int,
         nargs="?", const=100, metavar="N")  # fmt: skip
     add("cuda_graph", "on a GPU, decode with CUDA graphs", default="on", **ON_OFF)
     add("html", "also write a page with questions, answers and audio players", metavar="FILE")

@@ -40,7 +40,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     shown = " ".join(f"--{name} {value}" for name, value in toy_defaults.items())
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE] [settings]",
-        description=f"{description} Without --model, the toy, which needs no GPU. Its defaults: {shown}, "
+        description=f"{description} Without --model, it uses the toy, which needs no GPU. The toy's defaults: {shown}, "
         f"--prompts_per_rank {TOY_PROMPTS} / ranks.",
     )
 
