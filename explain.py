@@ -45,7 +45,7 @@ from policy import (
     stop_token_ids,
     to_device,
 )
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, encode_questions
 
 LOOK_THROUGH = 16  # questions, to find one whose completions have different rewards
@@ -84,17 +84,15 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
     return first, count
 
 
-def take_step(
-    args, policy, processor, questions: list[Question], device: torch.device, recompute_layers: bool = False
-) -> Step:
+def take_step(args, policy, processor, questions: list[Question], device: torch.device) -> Step:
     """Take a training step on one question as grpo_aqa.train does, and keep everything that it computes.
 
     Changes the policy. Raises RuntimeError if the tokens' terms do not add up to the loss of the training loop.
     """
     reference = make_reference(policy, args.beta, args.lora_rank, args.freeze_audio_tower)
     group, looked_at = choose_group(args, policy, processor, questions, device)
-    ddp_policy = data_parallel(policy, group.prompt, recompute_layers)
-    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+    ddp_policy = data_parallel(policy, group.prompt, args.gradient_checkpointing)
+    optimizer = ShardedAdamW(trainable(policy))
 
     advantages = group_advantages(group.rewards, args.normalize_std)[0]
     inputs = group.prompt, group.completions, group.mask
@@ -204,7 +202,7 @@ def explain(args) -> int:
             raise SharedInputError("--resume is for training; name a checkpoint of the run with --model")
         run = Run(args, "GRPO", device)
         policy, processor = run.load_policy()
-        step = take_step(args, policy, processor, run.questions, device, run.recompute_layers)
+        step = take_step(args, policy, processor, run.questions, device)
         parts = tell(step, args)
         print(to_text(parts), flush=True)
         if args.html:

@@ -38,7 +38,7 @@ from model.lora import adapter_off, dropout_on
 from model.qwen2_audio import Prompt, frozen_copy, slice_prompt
 from policy import completion_logprobs, data_parallel, decode_text, sample_group, stop_token_ids
 from reward import REWARDS
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
 from training.settings import TOY, TOY_LR, add_setting, parse_settings, shared_settings
 
@@ -254,8 +254,8 @@ def train(args: argparse.Namespace, run: Run) -> None:
     # Policy; reference, copied before run.start may load resumed weights; gradients averaged over the ranks; optimizer.
     policy, processor = run.load_policy()
     reference = make_reference(policy, args.beta, args.lora_rank, args.freeze_audio_tower)
-    ddp_policy = data_parallel(policy, run.first_prompt(), run.recompute_layers)
-    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+    ddp_policy = data_parallel(policy, run.first_prompt(), args.gradient_checkpointing)
+    optimizer = ShardedAdamW(trainable(policy))
 
     # The data order: every epoch is a new shuffle of all questions; the ranks share each step's questions.
     order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),

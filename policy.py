@@ -297,14 +297,18 @@ class CompletionLogprobs(nn.Module):
         return completion_logprobs(self.model, prompt, completions, mask, temperature, self.checkpointing)
 
 
-def data_parallel(model, prompt: Prompt, checkpointing: bool) -> DistributedDataParallel:
+def data_parallel(model, prompt: Prompt, checkpointing: bool | None) -> DistributedDataParallel:
     """Wrap completion_logprobs in DistributedDataParallel, which averages the gradients over the ranks.
+
+    checkpointing: see completion_logprobs; None: on a GPU.
 
     Two backward passes over any `prompt` bring the wrapper into its final state. In the first it records the order of
     the gradients and rebuilds its buckets. In the second the gradients become views into the new buckets.
     Without them, gradients that accumulate before the first exchange would take twice their memory, and the first step
     of a resumed run would add numbers in another order than a run without interruption.
     """
+    if checkpointing is None:
+        checkpointing = model.device.type == "cuda"
     ddp_model = DistributedDataParallel(CompletionLogprobs(model, checkpointing), gradient_as_bucket_view=True)
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     for _ in range(2):

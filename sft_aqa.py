@@ -29,7 +29,7 @@ from infra.processes import mean_length
 from model.lora import dropout_on
 from model.qwen2_audio import Prompt, slice_prompt
 from policy import data_parallel, encode_targets
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
 from training.settings import TOY, TOY_LR, parse_settings, shared_settings
 
@@ -70,8 +70,8 @@ def train(args: argparse.Namespace, run: Run) -> None:
     """Fine-tune the policy on the right answers. `run` does what is not the algorithm, as in grpo_aqa.train."""
     # Policy, gradients averaged over the ranks, optimizer.
     policy, processor = run.load_policy()
-    ddp_policy = data_parallel(policy, run.first_prompt(), run.recompute_layers)
-    optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+    ddp_policy = data_parallel(policy, run.first_prompt(), args.gradient_checkpointing)
+    optimizer = ShardedAdamW(trainable(policy))
 
     # The data order: GRPO's.
     order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),

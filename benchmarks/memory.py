@@ -28,7 +28,6 @@ from benchmarks.models import (
     qwen2_audio_7b,
     save_results,
     take_step,
-    trainable,
     update,
     versions,
 )
@@ -36,7 +35,7 @@ from infra.errors import InputError
 from model.decoding import GroupDecoder
 from model.qwen2_audio import Prompt
 from policy import completion_logprobs, prefill, sample_tokens
-from training.optimizer import ShardedAdamW
+from training.optimizer import ShardedAdamW, trainable
 
 CARDS = (24, 48, 80)  # GB of memory
 FOR_CUDA = 2  # GB of a card that the CUDA context and NCCL need

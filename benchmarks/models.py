@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +26,7 @@ from model.decoding import GroupDecoder
 from model.lora import add_lora
 from model.qwen2_audio import PAD_FRAMES, Prompt, audio_tokens, freeze_position_table
 from policy import data_parallel, sample_group
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.settings import LORA_TARGETS
 
 GB = 1e9
@@ -86,11 +86,6 @@ def add_bench_lora(model, rank: int) -> None:
     """Add LoRA with the default settings of the training scripts, audio tower included."""
     targets = LORA_TARGETS.split(",")
     add_lora(model, "random", rank=rank, alpha=32, dropout=0.0, targets=targets, freeze_audio_tower=False, seed=0)
-
-
-def trainable(model) -> dict[str, nn.Parameter]:
-    """Return the parameters that learn, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 # ---- a rank and its training step ----
@@ -155,14 +150,12 @@ def make_rank(
 ) -> Rank:
     """Make a policy with random weights, its reference, gradients and optimizer. Call it inside `with lone_rank(...)`.
 
-    checkpointing: recompute layers in the backward pass; None: only on a GPU.
+    checkpointing: see policy.data_parallel.
     """
     policy = build_model(config, dtype, device)
     if lora_rank:
         add_bench_lora(policy, lora_rank)
     reference = make_reference(policy, beta, lora_rank, freeze_audio_tower=False)
-    if checkpointing is None:
-        checkpointing = device.type == "cuda"
     ddp_policy = data_parallel(policy, make_prompt(policy, 1, 1.0), checkpointing)
     generator = torch.Generator(device).manual_seed(0)
     optimizer = ShardedAdamW(trainable(policy))

@@ -10,7 +10,7 @@ from forked import run_processes
 from grpo_aqa import Rollout, accumulate_gradients, loss_length
 from policy import completion_logprobs, data_parallel, encode_prompts
 from training import toy_model
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 
 GROUP_SIZE, STEPS = 3, 10
 LOSS = dict(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
@@ -34,7 +34,7 @@ def train(rank, world_size, parts, dtype, questions, folder):
     reference = copy.deepcopy(model)
     prompt = encode_prompts(processor, questions[:1], "answer")
     ddp_policy = data_parallel(model, prompt, checkpointing=parts > 1)
-    optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+    optimizer = ShardedAdamW(trainable(model))
     gradient_bytes = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trained(model)}
     share = len(questions) // (world_size * parts)
     grad_norms = []  # AdamW hides a gradient of the wrong size

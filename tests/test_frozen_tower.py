@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from model.qwen2_audio import freeze_audio_tower
 from policy import completion_logprobs, data_parallel, encode_prompts, listen, sample_group, slice_prompt
-from training.optimizer import ShardedAdamW, clip_scale
+from training.optimizer import ShardedAdamW, clip_scale, trainable
 
 TOWER, GROUP_SIZE = "model.audio_tower.", 2
 
@@ -133,7 +133,7 @@ def test_distributed_training_skips_the_frozen_tower(frozen, questions):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         ddp_policy = data_parallel(model, encode_prompts(processor, questions[:1], "answer"), checkpointing=False)
-        optimizer = ShardedAdamW({name: p for name, p in model.named_parameters() if p.requires_grad})
+        optimizer = ShardedAdamW(trainable(model))
         ddp_policy(heard, *completions_of(heard), 0.9)[0].square().sum().backward()
         assert_close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, expected)
         optimizer.step(1e-3, clip_scale(optimizer.grad_norm(), 1.0))

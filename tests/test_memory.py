@@ -10,12 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bench
 from benchmarks import memory, models
 from benchmarks.memory import count, measure
-from benchmarks.models import GB, NO_STOP, build_model, make_prompt, trainable
+from benchmarks.models import GB, NO_STOP, build_model, make_prompt
 from benchmarks.speed import allocated
 from infra.errors import InputError
 from model.decoding import GroupDecoder
 from policy import LOGITS_CHUNK, completion_logprobs, sample_group
 from training import optimizer, toy_model
+from training.optimizer import trainable
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from policy import BadClip, data_parallel, encode_prompts
 from reward import format_reward, mmau_match, prediction
 from training import run as run_module
 from training.metrics import append_jsonl
-from training.optimizer import ShardedAdamW
+from training.optimizer import ShardedAdamW, trainable
 from training.run import Run, replace_bad
 from training.run_folder import step_folders
 
@@ -46,8 +46,8 @@ def begin(one_rank, tiny, questions, tmp_path, monkeypatch):
         monkeypatch.setattr(run_module, "load_on_all_ranks", lambda *_: (copy.deepcopy(model).float(), processor))
         run = Run(args, "GRPO", CPU)
         policy, _ = run.load_policy()
-        data_parallel(policy, run.first_prompt(), run.recompute_layers)
-        optimizer = ShardedAdamW({name: p for name, p in policy.named_parameters() if p.requires_grad})
+        data_parallel(policy, run.first_prompt(), run.args.gradient_checkpointing)
+        optimizer = ShardedAdamW(trainable(policy))
         run.start(optimizer, partial(step_indices, len(asked), prompts_per_rank=3, rank=0, seed=args.seed))
         return run
 

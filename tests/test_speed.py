@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from benchmarks import models, speed
 from benchmarks.models import lone_rank, make_prompt, make_rank
 from infra.processes import Clock
+from training.optimizer import trainable
 
 CPU = torch.device("cpu")
 SIZES = dict(group_size=3, max_new_tokens=5)
@@ -45,7 +46,7 @@ def test_both_ways_learn_the_same(config, exact, checkpointing):
         for learn, inputs in 2 * [(models.learn, prompt), (speed.plain_learn, padded)]:
             rank.policy.zero_grad(set_to_none=False)
             loss = learn(rank, inputs, completions, advantages, parts=2, phase=Clock(CPU))
-            gradients = {name: weight.grad.clone() for name, weight in models.trainable(rank.policy).items()}
+            gradients = {name: weight.grad.clone() for name, weight in trainable(rank.policy).items()}
             outcomes.append((loss, gradients))
             assert not rank.policy.training
     for loss, gradients in outcomes[1:]:
@@ -106,7 +107,7 @@ def test_held_bytes(config):
     for dtype, nbytes in ((torch.float32, 20), (torch.bfloat16, 18)):
         with lone_rank(1):
             rank = make_rank(config, dtype, CPU, checkpointing=False)
-        weights = sum(weight.numel() for weight in models.trainable(rank.policy).values())
+        weights = sum(weight.numel() for weight in trainable(rank.policy).values())
         assert speed.held_bytes(rank) == pytest.approx(nbytes * weights, rel=0.02)
 
 

@@ -87,6 +87,11 @@ class ShardedAdamW:
             sending.wait()
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def clip_scale(grad_norm: float, max_grad_norm: float) -> float:
     """Return the factor, at most 1, that scales a gradient of norm `grad_norm` down to `max_grad_norm`.
 

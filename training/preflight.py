@@ -159,9 +159,17 @@ def _in_threads(function, paths: list[str], what: str, bar: bool = True) -> list
 
 def heard_seconds(name_or_path: str) -> float:
     """Return the seconds of a clip that a model hears: 30, or what a tiny model was made for. Loads no weights."""
+    return _heard_seconds(_model_config(name_or_path))
+
+
+def _heard_seconds(config) -> float:
+    return config.audio_config.max_source_positions / 50  # 20 ms each
+
+
+def _model_config(name_or_path: str):
+    base = base_of(name_or_path)
     with loading_errors(name_or_path):
-        config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
-        return config.audio_config.max_source_positions / 50  # 20 ms each
+        return AutoConfig.from_pretrained(base, trust_remote_code=False)
 
 
 def check_context(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int) -> None:
@@ -169,14 +177,13 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
 
     A prompt has at most as many text tokens as bytes, so tokens are counted only if the bytes do not fit.
     """
-    base = base_of(name_or_path)
-    with loading_errors(name_or_path):
-        context = AutoConfig.from_pretrained(base, trust_remote_code=False).get_text_config().max_position_embeddings
+    config = _model_config(name_or_path)
+    context = config.get_text_config().max_position_embeddings
     if max_new_tokens >= context:
         raise InputError(
             f"--max_new_tokens {max_new_tokens} is more than the context of {name_or_path}, {context} tokens"
         )
-    spare, longest = context - max_new_tokens - MARKUP_TOKENS, heard_seconds(name_or_path)
+    spare, longest = context - max_new_tokens - MARKUP_TOKENS, _heard_seconds(config)
     long = [q for q in questions if len(build_prompt(q, template).encode()) + longest * TOKENS_PER_SECOND > spare]
     if not long:
         return

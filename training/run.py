@@ -85,12 +85,7 @@ class Run:
         self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions per step, all ranks
         started_by = launchers()
         checked = on_rank_0(lambda: check_inputs(args, method, started_by))
-        self.config: dict = checked[0]
-        self.questions: list[Question] = checked[1]  # with a usable clip
-        self.heldout: list[Question] = checked[2]
-        self.state: Path | None = checked[3]  # the folder to resume from
-        recompute = args.gradient_checkpointing
-        self.recompute_layers: bool = device.type == "cuda" if recompute is None else recompute
+        self.config, self.questions, self.heldout, self.state = checked
         self.bad_clips: dict[str, str] = {}  # found by this rank in training: what is wrong, by Question.place
         self.progress: dict = {}  # step; position: questions used by all ranks; before: held-out scores before step 1
         self.batch: list[Question] = []  # this rank's questions of the step
