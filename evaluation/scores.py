@@ -36,7 +36,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 
 def discordant(a: list[bool], b: list[bool]) -> tuple[int, int]:
-    """Count the questions that only a has right, and those that only b has right."""
+    """Count the questions that only a answers right, and the questions that only b answers right."""
     return sum(x and not y for x, y in zip(a, b)), sum(y and not x for x, y in zip(a, b))
 
 

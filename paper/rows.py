@@ -122,7 +122,7 @@ class Job:
 
 
 def jobs(args: argparse.Namespace, seeds: int | None = None, names: list[str] | None = None) -> list[Job]:
-    """List the jobs of a table, seed by seed. seeds and names of rows default to those that args asks for.
+    """List the jobs of a table, seed by seed. The defaults of seeds and of names of rows are args.seeds and args.rows.
 
     The real model is the same for every seed and evaluation is greedy, so its untouched rows need one seed only.
     """
@@ -135,7 +135,7 @@ def jobs(args: argparse.Namespace, seeds: int | None = None, names: list[str] | 
 
 
 def finished_jobs(args: argparse.Namespace) -> list[Job]:
-    """List all jobs that the table can show, also those that --rows and --seeds do not ask for."""
+    """List all finished jobs, even if --rows and --seeds do not ask for them."""
     numbers = [path.name.removeprefix("seed_") for path in Path(args.out).glob("seed_*")]
     seeds = max([args.seeds, *(int(number) + 1 for number in numbers if number.isdecimal())])
     return [job for job in jobs(args, seeds, NAMES) if job.is_finished()]
