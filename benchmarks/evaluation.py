@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import soundfile
 import torch
 from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
@@ -15,7 +14,7 @@ from benchmarks.models import build_model, save_results, start_result
 from benchmarks.speed import hardware, pad_clips
 from data import Question
 from evaluation.answering import answer_questions
-from infra.audio import SAMPLE_RATE
+from infra.audio import SAMPLE_RATE, audio_package
 from policy import decode_text, encode_prompts, to_device
 from training.toy_model import make_tokenizer
 
@@ -24,6 +23,7 @@ PLAIN_BATCH = 32  # questions
 
 def make_questions(folder: Path, count: int, clip_seconds: list[float]) -> list[Question]:
     """Make questions about clips of noise. The clips have the given lengths in turn."""
+    soundfile = audio_package("soundfile")
     rng, made = np.random.default_rng(0), []
     for i in range(count):
         path, seconds = folder / f"{i}.wav", clip_seconds[i % len(clip_seconds)]

@@ -4,10 +4,10 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import numpy as np
-import soundfile
-import soxr
 
 from infra.errors import InputError
 from infra.files import kind_of_file
@@ -21,6 +21,7 @@ MAX_RATE, MAX_CHANNELS, MAX_SECONDS, MAX_PEAK = 96_000, 6, 1800, 1e5
 
 def load_audio(path: str) -> np.ndarray:
     """Read the first channel of a clip as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
+    soxr = audio_package("soxr")
     with open_clip(path) as file, _one_line_errors(path):
         samples = file.read(dtype="float32", always_2d=True)[:, 0]
         rate, announced = file.samplerate, file.frames
@@ -37,9 +38,18 @@ def load_audio(path: str) -> np.ndarray:
     raise InputError(f"{path}: {fault}; replace or remove this clip")
 
 
+def audio_package(name: str) -> Any:
+    """Import soundfile or soxr, which only clips need: GPU benchmarks run without them. Raises InputError."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError) as error:  # OSError: the libsndfile of soundfile is missing
+        raise InputError(f"clips need the package {name} ({error}): pip install -r requirements.txt") from None
+
+
 @contextmanager
-def open_clip(path: str) -> Iterator[soundfile.SoundFile]:
-    """Open a clip for reading. Raises InputError for a bad header, or if the last sample cannot be reached."""
+def open_clip(path: str) -> Iterator[Any]:
+    """Open a clip as a soundfile.SoundFile. Raises InputError for a bad header, or if its end cannot be reached."""
+    soundfile = audio_package("soundfile")
     fault = file_fault(path)
     if fault is None:
         with _one_line_errors(path), soundfile.SoundFile(path) as file:
@@ -80,8 +90,8 @@ def _mp3_bytes(start: bytes) -> int:
     return int.from_bytes(start[field : field + 4], "big") if flags & 2 else 0
 
 
-def _header_fault(file: soundfile.SoundFile) -> str | None:
-    """Return what is wrong with the header of a clip, or None."""
+def _header_fault(file) -> str | None:
+    """Return what is wrong with the header of an open clip, or None."""
     seconds = file.frames / file.samplerate if file.samplerate > 0 else 0
     if not 0 < file.samplerate <= MAX_RATE:
         return f"has {file.samplerate} Hz, and at most {MAX_RATE} are allowed (ffmpeg -ar 16000 resamples it)"
@@ -109,7 +119,8 @@ def audio_seconds(path: str) -> float:
 def _one_line_errors(path: str):
     try:
         yield
-    # TypeError: .raw files without header; MemoryError: a damaged header that claims hours of audio
-    except (OSError, TypeError, ValueError, MemoryError, soundfile.LibsndfileError) as error:
+    # RuntimeError: soundfile.LibsndfileError; TypeError: .raw files without header; MemoryError: a damaged header that
+    # claims hours of audio
+    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:
         reason = " ".join(str(error).replace(f"Error opening {path!r}: ", "").split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove this clip") from None

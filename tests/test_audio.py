@@ -1,17 +1,18 @@
 """Clips: resampling, channels, file formats, bad clips, real recordings."""
 
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 import soundfile
+from test_layers import FLOOR, ROOT
 
 import data
 from data import load_questions
 from infra.audio import load_audio
 from infra.errors import InputError
 
-REAL_SOUNDS = Path(__file__).resolve().parents[2] / "shared" / "real_sounds"
+REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
 
 
 def test_data_has_load_audio_too():
@@ -104,6 +105,28 @@ def test_a_bad_clip_is_one_line_that_names_it(tmp_path, case):
     with pytest.raises(InputError) as error:
         load_audio(str(path))
     assert "\n" not in str(error.value) and [name for name in [str(path), *named] if name not in str(error.value)] == []
+
+
+WITHOUT = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] in FILES]:
+    del sys.modules[name]  # import it anew
+sys.modules.update(soundfile=None, soxr=None)  # importing these two raises ImportError
+import COMMANDS
+"""
+
+
+def test_commands_are_imported_without_soundfile_and_soxr(tmp_path, forker):
+    commands = ", ".join(path.stem for path in ROOT.glob("*.py"))
+    done = forker.run(tmp_path, ["bench.py"], WITHOUT.replace("FILES", str([*FLOOR])).replace("COMMANDS", commands))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["soundfile", "soxr"])
+def test_a_missing_package_is_one_line(questions, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"^clips need the package {package} .*: pip install -r requirements"):
+        load_audio(questions[0].audio)
 
 
 @pytest.mark.parametrize("file, number", [("train_r1aqa.jsonl", 89), ("test_mmau.json", 44)])

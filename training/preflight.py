@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor
 
 from data import Question, build_prompt, find_questions
-from infra.audio import SAMPLE_RATE, audio_seconds, load_audio
+from infra.audio import SAMPLE_RATE, audio_package, audio_seconds, load_audio
 from infra.errors import InputError, list_problems
 from infra.files import write_text
 from model.checkpoints import loading_errors
@@ -150,6 +150,7 @@ def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str
 
 def _in_threads(function, paths: list[str], what: str, bar: bool = True) -> list:
     """Call the function for each path in threads: reading and decoding release Python's lock."""
+    audio_package("soundfile"), audio_package("soxr")  # if one is missing, say so once and not for each clip
     with ThreadPoolExecutor(max_workers=32) as pool:
         return list(tqdm(pool.map(function, paths), desc=what, unit="clip", total=len(paths), delay=1, disable=not bar))
 

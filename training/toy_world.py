@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import soundfile
+
+from infra.audio import audio_package
 
 # ---- sounds: functions (random generator, seconds, sample rate) -> [samples], roughly within +-1 ----
 
@@ -131,7 +132,7 @@ def write_world(
     moves them away from the training clips. `label_noise` is the share of training questions with a wrong answer.
     Neither changes anything else, not even a random draw.
     """
-    rng = np.random.default_rng(seed)
+    soundfile, rng = audio_package("soundfile"), np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True)
     every_answer = [(kind, answer) for kind in KINDS for answer in kind[-1]]
     train, heldout = [], []
