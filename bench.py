@@ -7,6 +7,7 @@
     python bench.py train              reference and training pass: model FLOP utilization
     python bench.py eval               seconds of an evaluation, and of the plain loop over the same questions
     python bench.py scale              seconds of a step for other group sizes, clip and completion lengths, prompts
+    python bench.py gpu                on one H100 or H200: all of this and more, in parts, within five minutes
 
 `memory` is about Qwen2-Audio-7B in bfloat16. With a GPU, so are the times. Without one, the times are of a model that
 is 175 times smaller, in float32.
@@ -19,13 +20,15 @@ import torch
 
 from benchmarks.evaluation import bench_eval
 from benchmarks.memory import bench_memory
+from benchmarks.one_gpu import PARTS, bench_gpu
 from benchmarks.scale import bench_scale
 from benchmarks.speed import bench_sample, bench_step, bench_train
 from infra.errors import InputError
 from infra.flags import AUTO_ON_OFF, ON_OFF, Parser
+from infra.processes import choose_kernels
 
 BENCHES = {"memory": bench_memory, "step": bench_step, "sample": bench_sample, "train": bench_train}
-BENCHES |= {"eval": bench_eval, "scale": bench_scale}
+BENCHES |= {"eval": bench_eval, "scale": bench_scale, "gpu": bench_gpu}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         bench = benches.add_parser(
             name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        if name != "eval":
+        if name not in ("eval", "gpu"):
             bench.add_argument("--group_size", type=int, default=8, help="completions per prompt")
             bench.add_argument("--prompts_per_rank", type=int, default=2, help="prompts per GPU and step")
         return bench.add_argument
@@ -61,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--gpus", type=int, default=8, help="ranks, one GPU each")
     add("--clip_seconds", type=float, default=30.0, help=every_clip)
     add("--max_new_tokens", type=int, default=256, help=every_completion)
-    add("--accumulation_steps", type=int, default=2, help="forward and backward passes per step")
+    add("--accumulation_steps", type=int, default=1, help="forward and backward passes per step")
     add("--beta", type=float, default=0.04, help="weight of the KL penalty; 0: no reference model")
     add("--lora_rank", type=int, default=0, help="train a LoRA adapter of this rank; 0: train all weights")
     add("--gradient_checkpointing", default="on", help="recompute layers in the backward pass", **ON_OFF)
@@ -95,6 +98,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seconds_per_point", type=float, default=10.0, help="after these seconds, start no more rounds of a size")
     add("--picture", default="docs/bench_scale.png", help="where to draw the curves")
 
+    add = add_bench("gpu", "on one H100 or H200: kernels, fidelity, memory and speed, within five minutes")
+    add("--parts", choices=list(PARTS), default=list(PARTS), nargs="+", help="parts to run, each in its own process")
+    add("--tiny", action="store_true", help="run on the CPU, with a small model: only to test the parts")
+    add("--out", help="folder of the results; default: bench_results/gpu_<machine>")
+
     args = parser.parse_args(argv)
     error = benches.choices[args.what].error
     if args.what == "memory" and args.prompts_per_rank % args.accumulation_steps:
@@ -106,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    choose_kernels()
     BENCHES[args.what](args)
 
 

@@ -70,7 +70,7 @@ def choose_group(args, policy, processor, questions: list[Question], device) -> 
         prompt = to_device(prompt, device)
         if args.freeze_audio_tower:
             prompt = listen(policy, prompt)
-        completions, mask = sample_group(
+        completions, mask, _ = sample_group(
             policy, prompt, args.group_size, args.max_new_tokens, args.temperature, stop_ids, generator
         )
         texts = decode_text(processor, completions, mask)

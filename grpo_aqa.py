@@ -156,6 +156,7 @@ class Rollout:
     advantages: Tensor  # [N]
     ref_logprobs: Tensor | None  # [N, T]; None without a KL penalty
     old_logprobs: Tensor | None  # [N, T]; None for a single update: old and current policy are the same
+    sampled_logprobs: Tensor | None = None  # [N, T]: the sampler's, for sampler_gap
 
 
 @torch.no_grad()
@@ -170,13 +171,14 @@ def make_rollouts(
     parts: int,
     temperature: float,
     keep_old: bool,
+    sampled_logprobs: Tensor | None = None,
     clock=lambda phase: nullcontext(),
 ) -> list[Rollout]:
     """Split sampled completions into equal parts, and compute the log-probs that stay constant during the updates.
 
     prompt: B prompts; completions, mask: [N, T]; advantages: [N]. reference: None without a KL penalty. Each of the
     `parts` goes through the model by itself (gradient accumulation). keep_old: also compute the log-probs of the policy
-    as it sampled, which several updates need.
+    as it sampled, which several updates need. sampled_logprobs: [N, T], those of sample_group, for sampler_gap.
     """
     prompts, rollouts = len(prompt["input_ids"]), []
     group_size, size = len(completions) // prompts, prompts // parts
@@ -190,7 +192,8 @@ def make_rollouts(
         if keep_old:
             with clock("train"):
                 old_logprobs, _ = completion_logprobs(policy, *part, temperature)
-        rollouts.append(Rollout(*part, advantages[rows], ref_logprobs, old_logprobs))
+        sampled = None if sampled_logprobs is None else sampled_logprobs[rows]
+        rollouts.append(Rollout(*part, advantages[rows], ref_logprobs, old_logprobs, sampled))
     return rollouts
 
 
@@ -209,7 +212,8 @@ def accumulate_gradients(
 
     Leaves the gradient of the mean loss over the rollouts of all ranks in the parameters. Gradients add up on each
     rank, and the ranks average them once, in the last backward. temperature: that of sampling. The other keywords are
-    those of grpo_loss.
+    those of grpo_loss. Among the stats is sampler_gap: the mean absolute difference between these log-probs and the
+    sampler's. Before the first update, both are of the same policy, and the gap is rounding alone.
     """
     sums: dict[str, float] = defaultdict(float)
     for rollout in rollouts:
@@ -229,6 +233,8 @@ def accumulate_gradients(
             )
             (loss / len(rollouts)).backward()
         stats |= {"loss": loss, "entropy": entropy.sum() / rollout.mask.sum()}
+        if rollout.sampled_logprobs is not None:  # like `logprobs`, 0 outside the mask
+            stats["sampler_gap"] = (logprobs - rollout.sampled_logprobs).abs().sum() / rollout.mask.sum()
         for name, value in stats.items():
             sums[name] += value.item() / len(rollouts)
     return sums
@@ -261,7 +267,10 @@ def train(args: argparse.Namespace, run: Run) -> None:
     order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),
                     seed=args.seed)  # fmt: skip
     run.start(optimizer, order)
-    decoder = GroupDecoder(policy, args.group_size, args.max_new_tokens, args.cuda_graph)  # its memory serves all steps
+    # Its memory serves all steps.
+    decoder = GroupDecoder(
+        policy, args.group_size, args.max_new_tokens, args.cuda_graph, args.prompts_per_rank, run.longest_prompt()
+    )
     stop_ids = stop_token_ids(policy, processor)
 
     for step in run.steps():
@@ -272,7 +281,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
 
         # 2. Sample G completions of each question, [B * G, T].
         with run.clock("sample"):
-            completions, mask = sample_group(
+            completions, mask, sampled_logprobs = sample_group(
                 policy, prompt, args.group_size, args.max_new_tokens, args.temperature, stop_ids, run.generator, decoder
             )
         texts = decode_text(processor, completions, mask)
@@ -288,7 +297,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
         rollouts = make_rollouts(
             policy, reference, prompt, completions, mask, advantages.flatten().to(run.device),
             parts=args.accumulation_steps, temperature=args.temperature, keep_old=args.updates_per_rollout > 1,
-            clock=run.clock,
+            sampled_logprobs=sampled_logprobs, clock=run.clock,
         )  # fmt: skip
 
         # 6. Log-probs of the policy, loss, backward. With a single update the policy is still the one that sampled: its
@@ -316,6 +325,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
             **{name: score.mean().item() for name, score in scores.items()},
             "completion_tokens": mask.sum(dim=1).float().mean().item(),
             "equal_reward_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+            "sampler_gap": updates[0]["sampler_gap"],  # later updates change the policy
             "grad_norm": grad_norm,
         }
         run.record(lr, metrics, shown=["reward", *scores, "kl", "completion_tokens", "seconds"])

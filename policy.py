@@ -26,16 +26,20 @@ from model.checkpoints import load_policy as load_policy  # part of this file's 
 from model.decoding import GroupDecoder
 from model.qwen2_audio import (
     Prompt,
-    attention_inputs,
     audio_tower_is_frozen,
+    causal_attention,
     embed_prompt,
     language_model,
     layer_runner,
+    positions_and_mask,
+    rms_norm,
+    rotary_tables,
     run_audio_tower,
+    run_layer,
     slice_prompt,
 )
 
-LOGITS_CHUNK = 512  # tokens whose logits are in memory at once: with 156,032 words in float32, 0.3 GB
+LOGITS_CHUNK = 1024  # tokens whose logits are in memory at once: with 156,032 words in float32, 0.6 GB
 STOP_CHECK_EVERY = 4  # tokens between checks for ended completions: at each check the CPU waits for the GPU
 
 
@@ -119,38 +123,25 @@ def listen(model, prompt: Prompt) -> Prompt:
 # ---- sampling ----
 
 
-class GroupCache:
-    """The keys and values of B prompts, stored once each and shared by the N = B * G completions.
-
-    An attention layer calls `update` with the keys and values of its new tokens, [rows, key-value heads, tokens, head
-    size], and attends to the keys and values that `update` returns. While `group_size` is None, the rows are prompts
-    and attend to themselves. Once it is set, the rows are completions and attend to their prompt and themselves.
-    """
-
-    def __init__(self):
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values
-        self.group_size: int | None = None
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_) -> tuple[Tensor, Tensor]:
-        if self.group_size is None:
-            self.prompt[layer] = keys.contiguous(), values.contiguous()
-            return self.prompt[layer]
-        prompt_keys, prompt_values = self.prompt[layer]
-        keys = torch.cat([prompt_keys.repeat_interleave(self.group_size, dim=0), keys], dim=2)
-        return keys, torch.cat([prompt_values.repeat_interleave(self.group_size, dim=0), values], dim=2)
-
-
 def prefill(model, prompt: Prompt) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Run each prompt through the model once.
 
     Returns the hidden state that predicts the first completion token, [B, H], and the keys and values of each layer,
-    [B, key-value heads, P, head size] each.
+    [B, P, key-value heads, head size] each.
     """
-    hidden, cache = embed_prompt(model, prompt), GroupCache()
-    inputs = attention_inputs(model, hidden, prompt["attention_mask"])
+    embedded, cache = embed_prompt(model, prompt), []
+    positions, causal = positions_and_mask(prompt["attention_mask"], embedded.shape[1], embedded.dtype)
+    rotary = rotary_tables(model, positions.flatten(), embedded.dtype)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        queries, keys, values = (tensor.unflatten(0, positions.shape) for tensor in tensors)
+        cache.append((keys.contiguous(), values))  # a copy of the keys: they are a part of one tensor with the queries
+        return causal_attention(queries, keys, values, causal)
+
+    hidden = embedded.flatten(0, 1)  # [B * P, H]
     for layer in language_model(model).layers:
-        hidden = layer(hidden, past_key_values=cache, **inputs)
-    return language_model(model).norm(hidden)[:, -1], list(cache.prompt.values())
+        hidden = run_layer(layer, hidden, rotary, attend)
+    return rms_norm(language_model(model).norm, hidden.unflatten(0, positions.shape)[:, -1]), cache
 
 
 @torch.no_grad()
@@ -163,12 +154,13 @@ def sample_group(
     stop_ids: list[int],
     generator: torch.Generator | None = None,
     decoder: GroupDecoder | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `group_size` completions of each prompt from the full distribution: no top-k, no top-p, no penalties.
 
     Temperature 0 takes the most likely token. A `decoder` of the same model and sizes keeps its memory from call to
-    call; without one, this call allocates its own. Returns completions and mask, [N, T] with T <= max_new_tokens. The
-    mask is True up to and including the first stop token. Behind it, completions are filled with stop_ids[0].
+    call; without one, this call allocates its own. Returns completions, mask and log-probs, [N, T] with
+    T <= max_new_tokens. The mask is True up to and including the first stop token. Behind it, completions are filled
+    with stop_ids[0]. The log-probs of the tokens, float32, are 0 outside the mask, and everywhere at temperature 0.
     """
     decoder = decoder or GroupDecoder(model, group_size, max_new_tokens)
     hidden, cache = prefill(model, prompt)
@@ -178,26 +170,33 @@ def sample_group(
     stop = torch.tensor(stop_ids, device=hidden.device)
     finished = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
 
-    columns, masks = [], []
+    columns, masks, scores = [], [], []
     while True:
-        tokens = torch.where(finished, stop[0], sample_tokens(model.lm_head(hidden), temperature, generator))
+        drawn, logprobs = sample_tokens(model.lm_head(hidden), temperature, generator)
+        tokens = torch.where(finished, stop[0], drawn)
         columns.append(tokens)
         masks.append(~finished)
+        scores.append(torch.where(finished, 0.0, logprobs))
         finished = finished | torch.isin(tokens, stop)
         if len(columns) == max_new_tokens or len(columns) % STOP_CHECK_EVERY == 0 and finished.all():
             break
         hidden = decoder.step(tokens)
-    completions, mask = torch.stack(columns, dim=1), torch.stack(masks, dim=1)
+    completions, mask, logprobs = (torch.stack(tensors, dim=1) for tensors in (columns, masks, scores))
     length = int(mask.any(dim=0).sum())  # of the longest completion
-    return completions[:, :length], mask[:, :length]
+    return completions[:, :length], mask[:, :length], logprobs[:, :length]
 
 
-def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Draw a token id for each row of logits [N, vocabulary] from softmax(logits / temperature) in float32."""
+def sample_tokens(logits: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Draw a token for each row of logits [N, vocabulary] from softmax(logits / temperature) in float32.
+
+    Returns token ids and their log-probs, [N] each. Temperature 0 takes the most likely token, with log-prob 0.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
+        tokens = logits.argmax(-1)
+        return tokens, torch.zeros(tokens.shape, device=tokens.device)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
-    return torch.multinomial(probs, num_samples=1, generator=generator)[:, 0]
+    tokens = torch.multinomial(probs, num_samples=1, generator=generator)  # [N, 1]
+    return tokens[:, 0], probs.gather(-1, tokens)[:, 0].log()
 
 
 # ---- log-probs ----
@@ -212,30 +211,43 @@ def completion_logprobs(
     float32, 0 outside the mask: the log-probs of the tokens under softmax(logits / temperature), with gradient unless
     called under no_grad, and the entropy of that distribution in nats, without gradient.
 
-    Prompts and completions pass each layer together, so the layer's keys and values are freed before the next layer.
-    With `checkpointing`, only the hidden states between layers are kept for the backward pass, which computes each
-    layer again: a third more arithmetic. In the real model a 25th as much is kept: the pass takes 3.7 GB, not 26.4 GB.
+    Prompts and completions pass each layer together: each weight is read once, and a layer's keys and values are freed
+    before the next layer. With `checkpointing`, only the hidden states between layers are kept for the backward pass,
+    which computes each layer again: a third more arithmetic. In the real model a 25th as much is kept: the pass takes
+    3.7 GB, not 26.4 GB.
     """
     group_size, run = len(completions) // len(prompt["input_ids"]), layer_runner(model, checkpointing)
     prompt_hidden = embed_prompt(model, prompt, checkpointing)  # [B, P, H]
-    hidden = model.get_input_embeddings()(completions[:, :-1])  # [N, T - 1, H]: the last token predicts nothing
-    prompt_mask = prompt["attention_mask"].repeat_interleave(group_size, dim=0)
-    attention_mask = torch.cat([prompt_mask, mask[:, :-1].to(prompt_mask.dtype)], dim=1)  # [N, P + T - 1]
-    prompt_inputs = attention_inputs(model, prompt_hidden, prompt["attention_mask"])
-    inputs = attention_inputs(model, hidden, attention_mask)
+    own_hidden = model.get_input_embeddings()(completions[:, :-1])  # [N, T - 1, H]: the last token predicts nothing
+    (shape, own_shape), dtype = (prompt_hidden.shape[:2], own_hidden.shape[:2]), prompt_hidden.dtype
+    prompt_mask = prompt["attention_mask"]
+    all_tokens = torch.cat(
+        [prompt_mask.repeat_interleave(group_size, dim=0), mask[:, :-1].to(prompt_mask.dtype)], dim=1
+    )
+    positions, causal = positions_and_mask(prompt_mask, shape[1], dtype)
+    own_positions, own_causal = positions_and_mask(all_tokens, own_shape[1], dtype)
+    rotary = rotary_tables(model, torch.cat([positions.flatten(), own_positions.flatten()]), dtype)
 
-    def run_both(layer, prompt_hidden: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        cache = GroupCache()
-        prompt_hidden = layer(prompt_hidden, past_key_values=cache, **prompt_inputs)
-        if hidden.shape[1] == 0:  # T = 1: the prompt predicts the only token
-            return prompt_hidden, hidden
-        cache.group_size = group_size
-        return prompt_hidden, layer(hidden, past_key_values=cache, **inputs)
+    def split(tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Split [B * P + N * (T - 1), ...] into prompts [B, P, ...] and completions [N, T - 1, ...]."""
+        return tensor[: shape.numel()].unflatten(0, shape), tensor[shape.numel() :].unflatten(0, own_shape)
 
+    def attend(*tensors: Tensor) -> Tensor:
+        (queries, own_queries), (keys, own_keys), (values, own_values) = map(split, tensors)
+        attended = causal_attention(queries, keys, values, causal)
+        if own_shape[1] == 0:  # T = 1: the prompt predicts the only token
+            return attended
+        keys = torch.cat([keys.repeat_interleave(group_size, dim=0), own_keys], dim=1)  # [N, P + T - 1, heads, size]
+        values = torch.cat([values.repeat_interleave(group_size, dim=0), own_values], dim=1)
+        return torch.cat([attended, causal_attention(own_queries, keys, values, own_causal)])
+
+    hidden = torch.cat([prompt_hidden.flatten(0, 1), own_hidden.flatten(0, 1)])  # [B * P + N * (T - 1), H]
     for layer in language_model(model).layers:
-        prompt_hidden, hidden = run(run_both, layer, prompt_hidden, hidden)
+        hidden = run(run_layer, layer, hidden, rotary, attend)
+    prompt_hidden, own_hidden = split(hidden)
     first = prompt_hidden[:, -1:].repeat_interleave(group_size, dim=0)  # predicts the first completion token
-    hidden = language_model(model).norm(torch.cat([first, hidden], dim=1))[mask]  # [completion tokens, H]
+    hidden = torch.cat([first, own_hidden], dim=1)[mask]  # [completion tokens, H]
+    hidden = rms_norm(language_model(model).norm, hidden)
 
     chunks = zip(hidden.split(LOGITS_CHUNK), completions[mask].split(LOGITS_CHUNK))
     scores = [run(token_scores, model.lm_head, *chunk, temperature) for chunk in chunks]

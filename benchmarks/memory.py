@@ -20,6 +20,7 @@ from transformers import Qwen2AudioConfig
 from benchmarks.models import (
     GB,
     TEMPERATURE,
+    Rank,
     add_bench_lora,
     build_model,
     lone_rank,
@@ -151,52 +152,60 @@ def count_sampling(model, prompt: Prompt, completions: Tensor, decoder: GroupDec
 # ---- measured ----
 
 
-def measure(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> dict:
-    """Take two whole steps as rank 0 of args.gpus ranks. Raises InputError if memory runs out.
+class Peaks:
+    """Measures phases: `with peaks("sample"): ...`. Raises InputError if memory runs out.
 
-    Returns peak_gb, the highest allocated memory in either step, and seconds of the second step, each a dict by phase.
-    Also returns reserved_gb, the most that torch's allocator took from the GPU. The GB are None without a GPU.
+    peak_gb: the most memory allocated in any run of a phase, by phase. reserved_gb: the most that torch's allocator
+    took from the GPU. Both are empty on a CPU. seconds: of the last run of each phase.
     """
-    peaks, reserved, seconds = {}, 0.0, {}
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+        self.peak_gb: dict[str, float] = {}
+        self.reserved_gb: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(name):
-        nonlocal reserved
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+    def __call__(self, phase: str):
         started = time.perf_counter()
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
         try:
             yield
         except torch.OutOfMemoryError:
-            raise InputError(f"these settings need more memory than this GPU has: phase {name} ran out") from None
-        if device.type == "cuda":
+            raise InputError(f"these settings need more memory than this GPU has: phase {phase} ran out") from None
+        if self.gpu:
             torch.cuda.synchronize()
-            peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / GB)
-            reserved = max(reserved, torch.cuda.max_memory_reserved() / GB)
-        seconds[name] = time.perf_counter() - started
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            self.peak_gb[phase] = max(self.peak_gb.get(phase, 0.0), allocated / GB)
+            self.reserved_gb[phase] = max(self.reserved_gb.get(phase, 0.0), reserved / GB)
+        self.seconds[phase] = time.perf_counter() - started
 
+
+def set_up(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> Rank:
+    """Make the rank that the settings describe. Call it inside `with lone_rank(args.gpus)`."""
+    return make_rank(
+        config, dtype, device, checkpointing=args.gradient_checkpointing, cuda_graph=args.cuda_graph,
+        beta=args.beta, lora_rank=args.lora_rank,
+    )  # fmt: skip
+
+
+def take_two_steps(rank: Rank, args: argparse.Namespace, peaks: Peaks) -> None:
+    """Take two whole steps: the second one finds the memory that the first one allocated."""
+    prompt = make_prompt(rank.policy, args.prompts_per_rank, args.clip_seconds)
+    sizes = dict(group_size=args.group_size, max_new_tokens=args.max_new_tokens, parts=args.accumulation_steps)
+    for _ in range(2):
+        take_step(rank, prompt, **sizes, phase=peaks)
+
+
+def measure(config: Qwen2AudioConfig, dtype: torch.dtype, args: argparse.Namespace, device: torch.device) -> Peaks:
+    """Take two whole steps as rank 0 of args.gpus ranks. Raises InputError if memory runs out."""
+    peaks = Peaks(device)
     with lone_rank(args.gpus):
-        with phase("setup"):
-            rank = make_rank(
-                config,
-                dtype,
-                device,
-                checkpointing=args.gradient_checkpointing,
-                cuda_graph=args.cuda_graph,
-                beta=args.beta,
-                lora_rank=args.lora_rank,
-            )
-            prompt = make_prompt(rank.policy, args.prompts_per_rank, args.clip_seconds)
-        for _ in range(2):
-            take_step(
-                rank,
-                prompt,
-                group_size=args.group_size,
-                max_new_tokens=args.max_new_tokens,
-                parts=args.accumulation_steps,
-                phase=phase,
-            )
-    return {"peak_gb": peaks or None, "reserved_gb": reserved or None, "seconds": seconds}
+        with peaks("setup"):
+            rank = set_up(config, dtype, args, device)
+        take_two_steps(rank, args, peaks)
+    return peaks
 
 
 # ---- reports ----
@@ -255,10 +264,12 @@ def bench_memory(args: argparse.Namespace) -> None:
     print(f"Qwen2-Audio-7B in bfloat16 on {args.gpus} GPUs: {describe_run(args)}\n\ncounted GB per GPU")
     print(*(f"  {label:<45}{result['counted_gb'][name]:8.2f}" for name, label in PARTS.items()), sep="\n", flush=True)
     if gpu:
-        result |= measure(qwen2_audio_7b(), torch.bfloat16, args, torch.device("cuda"))
+        peaks = measure(qwen2_audio_7b(), torch.bfloat16, args, torch.device("cuda"))
+        result |= {"peak_gb": peaks.peak_gb, "reserved_gb": peaks.reserved_gb, "seconds": peaks.seconds}
         print(f"\nmeasured on {gpu}, torch {result['torch']}, transformers {result['transformers']}, {result['date']}")
         print(f"  {'phase':<12}{'peak GB':>10}{'seconds':>10}")
         for name, peak in result["peak_gb"].items():
             print(f"  {name:<12}{peak:10.2f}{result['seconds'][name]:10.2f}")
-        print(f"  {'overall':<12}{max(result['peak_gb'].values()):10.2f}, reserved {result['reserved_gb']:.2f}")
+        allocated, reserved = (max(result[name].values()) for name in ("peak_gb", "reserved_gb"))
+        print(f"  {'overall':<12}{allocated:10.2f}, reserved {reserved:.2f}")
     save_results(result, "memory", gpu or "counted", args.out)

@@ -55,6 +55,17 @@ def qwen2_audio_small() -> Any:
     )
 
 
+def qwen2_audio_tiny() -> Any:
+    """Return a shape of 0.2 million weights that hears 2 s, to try the benchmarks."""
+    audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, max_source_positions=100)
+    text = dict(hidden_size=64, intermediate_size=128, vocab_size=500, num_hidden_layers=2)
+    return Qwen2AudioConfig(
+        audio_config=dict(model_type="qwen2_audio_encoder", **audio),
+        text_config=dict(model_type="qwen2", **text, num_attention_heads=2, num_key_value_heads=2),
+        audio_token_index=499,
+    )
+
+
 def build_model(config: Qwen2AudioConfig, dtype: torch.dtype, device: torch.device):
     """Build a model with random weights on the device. Apart from the weights, it is as load_policy returns it."""
     default = torch.get_default_dtype()
@@ -168,7 +179,7 @@ def sample(rank: Rank, prompt: Prompt, group_size: int, max_new_tokens: int) -> 
     if kept != (group_size, max_new_tokens):
         rank.decoder = None  # free its memory first
         rank.decoder = GroupDecoder(rank.policy, group_size, max_new_tokens, rank.cuda_graph)
-    completions, _ = sample_group(
+    completions, _, _ = sample_group(
         rank.policy, prompt, group_size, max_new_tokens, TEMPERATURE, NO_STOP, rank.generator, rank.decoder
     )
     return completions
@@ -242,9 +253,19 @@ def describe(args: argparse.Namespace, clip_seconds: float) -> str:
     )
 
 
+def save_line(save, name: str, value, unit: str = "", remark: str = "") -> None:
+    """Save a line of the table of `python bench.py gpu`. remark: such as a goal. See one_gpu for `save`."""
+    save(**{name: {"value": value, "unit": unit, "remark": remark}})
+
+
+def results_path(bench: str, machine: str) -> Path:
+    """Return the path of a result without its ending: bench_results/<bench>_<machine>."""
+    name = re.sub(r"[^\w.-]+", "_", machine).strip("_")
+    return Path("bench_results", f"{bench}_{name}")
+
+
 def save_results(result: dict, bench: str, machine: str, out: str | None) -> None:
     """Write a result as JSON to `out`, by default bench_results/<bench>_<machine>.json, and print the path."""
-    name = re.sub(r"[^\w.-]+", "_", machine).strip("_")
-    path = Path(out or f"bench_results/{bench}_{name}.json")
+    path = Path(out or f"{results_path(bench, machine)}.json")
     write_text(path, json.dumps(result, indent=2) + "\n")
     print(f"\nresults: {path}")

@@ -64,7 +64,7 @@ def time_point(
     prompt, times = make_prompt(rank.policy, prompts_per_rank, clip_seconds), []
     started = time.perf_counter()
     while not times or len(times) <= rounds and time.perf_counter() - started < max_seconds:
-        times.append(timed_step(rank, prompt, group_size, max_new_tokens))
+        times.append(timed_step(rank, prompt, parts=1, group_size=group_size, max_new_tokens=max_new_tokens))
     times = times[1:] or times
     return {"rounds": len(times), "seconds": {phase: median(step[phase] for step in times) for phase in PHASES}}
 

@@ -4,12 +4,14 @@ All times are of rank 0 of a run, in one process, with random weights. The other
 communication. The limits are measured, too: the rate of a product of large matrices, in the weights' dtype, and the
 rate of a large copy. Operations are counted from the shapes, on tensors without data.
 
-Each forward and backward pass takes one prompt with its completions, as in the paper.
+All prompts of a step share a forward and backward pass, the default of training. The plain way takes one prompt after
+the other, as the paper's code does.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import Any
@@ -37,6 +39,7 @@ from benchmarks.models import (
     make_rank,
     qwen2_audio_7b,
     qwen2_audio_small,
+    qwen2_audio_tiny,
     save_results,
     start_result,
     take_step,
@@ -52,8 +55,10 @@ PHASES = ("sample", "reference", "train", "update")
 # ---- the machine ----
 
 
-def hardware() -> tuple[Any, torch.dtype, torch.device, int]:
+def hardware(tiny: bool = False) -> tuple[Any, torch.dtype, torch.device, int]:
     """Choose model shape, dtype, device, and the number of ranks that share the optimizer state."""
+    if tiny:
+        return qwen2_audio_tiny(), torch.float32, torch.device("cpu"), 1
     if torch.cuda.is_available():
         return qwen2_audio_7b(), torch.bfloat16, torch.device("cuda"), 8  # no single GPU holds the optimizer state
     return qwen2_audio_small(), torch.float32, torch.device("cpu"), 1
@@ -211,11 +216,32 @@ def pad_clips(model, prompt: Prompt) -> Prompt:
 # ---- step ----
 
 
-def timed_step(rank: Rank, prompt: Prompt, group_size: int, max_new_tokens: int, **way) -> dict[str, float]:
-    """Take a step and return its seconds by phase. way: `sample` and `learn` of the plain way."""
-    clock, parts = Clock(rank.generator.device), len(prompt["input_ids"])
-    take_step(rank, prompt, group_size=group_size, max_new_tokens=max_new_tokens, parts=parts, phase=clock, **way)
+def timed_step(rank: Rank, prompt: Prompt, **how) -> dict[str, float]:
+    """Take a step and return its seconds by phase. how: other keywords of take_step."""
+    clock = Clock(rank.generator.device)
+    take_step(rank, prompt, phase=clock, **how)
     return {phase: clock.phases[phase] for phase in PHASES}
+
+
+def both_ways(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:
+    """Return for each way a function that takes a step and returns its seconds by phase."""
+    prompt = make_prompt(rank.policy, args.prompts_per_rank, clip_seconds)
+    take = partial(timed_step, rank, group_size=args.group_size, max_new_tokens=args.max_new_tokens)
+    return {
+        "plain": partial(
+            take, pad_clips(rank.policy, prompt), parts=args.prompts_per_rank, sample=plain_sample, learn=plain_learn
+        ),
+        "ours": partial(take, prompt, parts=1),
+    }
+
+
+def measured_step(rank: Rank, step: Callable[[], dict[str, float]]) -> tuple[dict[str, float], int]:
+    """Take a step. Return its seconds by phase and the peak memory that comes on top of held_bytes; 0 on a CPU."""
+    if rank.generator.device.type == "cpu":
+        return step(), 0
+    torch.cuda.reset_peak_memory_stats()
+    seconds = step()
+    return seconds, torch.cuda.max_memory_allocated() - held_bytes(rank)
 
 
 def time_both_ways(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict:
@@ -223,23 +249,14 @@ def time_both_ways(rank: Rank, clip_seconds: float, args: argparse.Namespace) ->
 
     Returns for each way the seconds of each round by phase, and the peak memory that comes on top of held_bytes.
     """
-    device, prompt = rank.generator.device, make_prompt(rank.policy, args.prompts_per_rank, clip_seconds)
-    take = partial(timed_step, rank, group_size=args.group_size, max_new_tokens=args.max_new_tokens)
-    ways = {
-        "plain": partial(take, pad_clips(rank.policy, prompt), sample=plain_sample, learn=plain_learn),
-        "ours": partial(take, prompt),
-    }
-    rounds, beside = {way: [] for way in ways}, {}
+    ways = both_ways(rank, clip_seconds, args)
+    rounds, beside = {way: [] for way in ways}, dict.fromkeys(ways, 0)
     for i in range(args.rounds + 1):
         for way, step in ways.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = step()
-            if device.type == "cuda":
-                beside[way] = torch.cuda.max_memory_allocated() - held_bytes(rank)
+            seconds, beside[way] = measured_step(rank, step)
             if i > 0:  # the first round warms up
                 rounds[way].append(seconds)
-    if device.type == "cpu":  # in a step of its own, because the profiler slows it down
+    if rank.generator.device.type == "cpu":  # in a step of its own, because the profiler slows it down
         beside = {way: allocated(step)[0] for way, step in ways.items()}
     return {"rounds": rounds, "beside_gb": {way: nbytes / GB for way, nbytes in beside.items()}}
 
@@ -308,13 +325,15 @@ def bench_sample(args: argparse.Namespace) -> None:
     save_results(result, "sample", result["machine"], args.out)
 
 
-def time_sampling(model, clip_seconds: float, args: argparse.Namespace) -> dict:
+def time_sampling(
+    model, clip_seconds: float, args: argparse.Namespace, decoder: GroupDecoder | None = None
+) -> dict[str, Any]:
     """Measure the seconds of sampling one token (the prefill), a fifth of the tokens, and all of them, by round.
 
     Also returns the bytes that a decode step reads, on average over the steps between the fifth and the end.
     """
     prompt = make_prompt(model, args.prompts_per_rank, clip_seconds)
-    decoder = GroupDecoder(model, args.group_size, args.max_new_tokens, args.cuda_graph)
+    decoder = decoder or GroupDecoder(model, args.group_size, args.max_new_tokens, args.cuda_graph)
     lengths, rounds = (1, args.max_new_tokens // 5, args.max_new_tokens), []
     for _ in range(args.rounds + 1):
         calls = [partial(sample_group, model, prompt, args.group_size, n, 1.0, NO_STOP, None, decoder) for n in lengths]
@@ -326,13 +345,18 @@ def time_sampling(model, clip_seconds: float, args: argparse.Namespace) -> dict:
     return {"lengths": lengths, "rounds": rounds[1:], "weight_bytes": weights, "cache_bytes": cache}
 
 
-def sample_report(found: dict, bandwidth: float, sequences: int) -> str:
-    """Make the table of sampling. found: what time_sampling returns. bandwidth: bytes per second."""
+def decode_step(found: dict, bandwidth: float) -> tuple[float, float]:
+    """Return the seconds of a decode step, and its floor. found, bandwidth: see sample_report."""
     _, few, tokens = found["lengths"]
     step = median((whole - part) / (tokens - few) for _, part, whole in found["rounds"])
+    return step, (found["weight_bytes"] + found["cache_bytes"]) / bandwidth
+
+
+def sample_report(found: dict, bandwidth: float, sequences: int) -> str:
+    """Make the table of sampling. found: what time_sampling returns. bandwidth: bytes per second."""
+    (step, floor), tokens = decode_step(found, bandwidth), found["lengths"][-1]
     prefill, whole = (median(seconds[i] for seconds in found["rounds"]) for i in (0, 2))
     weights, cache = found["weight_bytes"], found["cache_bytes"]
-    floor = (weights + cache) / bandwidth
     return "\n".join([
         f"  prefill, and the first token of each        {prefill:9.4f} s",
         f"  decode step, a token of each of {sequences:<4}        {1e3 * step:9.3f} ms   "
@@ -366,8 +390,11 @@ def bench_train(args: argparse.Namespace) -> None:
     save_results(result, "train", result["machine"], args.out)
 
 
-def time_learning(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> dict:
-    """Measure the seconds of the reference pass and of the policy's forward and backward pass, by round."""
+def time_learning(rank: Rank, clip_seconds: float, args: argparse.Namespace, parts: int = 1) -> dict:
+    """Measure the seconds of the reference pass and of the policy's forward and backward pass, by round.
+
+    parts: accumulation steps.
+    """
     device, prompts = rank.generator.device, args.prompts_per_rank
     prompt = make_prompt(rank.policy, prompts, clip_seconds)
     rows, words = prompts * args.group_size, rank.policy.config.text_config.vocab_size
@@ -375,7 +402,7 @@ def time_learning(rank: Rank, clip_seconds: float, args: argparse.Namespace) -> 
     rounds = []
     for _ in range(args.rounds + 1):
         clock, advantages = Clock(device), torch.randn(rows, generator=rank.generator, device=device)
-        learn(rank, prompt, completions, advantages, parts=prompts, phase=clock)
+        learn(rank, prompt, completions, advantages, parts=parts, phase=clock)
         rounds.append({phase: clock.phases[phase] for phase in ("reference", "train")})
         rank.policy.zero_grad(set_to_none=False)
     return {"rounds": rounds[1:]}

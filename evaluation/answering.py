@@ -51,7 +51,7 @@ def answer_questions(
     mine = ([questions[i] for i in batches[number]] for number in todo[rank::ranks])
     prompts = encode_ahead(processor, mine, template, silence)
     stop_ids = stop_token_ids(model, processor)
-    decoder = GroupDecoder(model, samples, max_new_tokens, cuda_graph)
+    decoder = GroupDecoder(model, samples, max_new_tokens, cuda_graph, prompts=len(batches[0]) if batches else 0)
 
     missing = sum(len(batches[number]) for number in todo)
     progress = tqdm(
@@ -64,7 +64,7 @@ def answer_questions(
             _, prompt = next(prompts)
             generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
             prompt = to_device(prompt, model.device)
-            completions, mask = sample_group(
+            completions, mask, _ = sample_group(
                 model, prompt, samples, max_new_tokens, temperature, stop_ids, generator, decoder
             )
             texts = decode_text(processor, completions, mask)

@@ -43,10 +43,10 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    choose_kernels()
     if torch.cuda.device_count() >= local_size:
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 convolutions compute in float32, too
     else:
         device, backend = torch.device("cpu"), "gloo"
         if local_rank == 0 and (short := _too_few_gpus()):
@@ -71,6 +71,18 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
     if rank != 0:
         disable_progress_bar()  # of transformers: those of rank 0 are enough
     return rank, world_size, device
+
+
+def choose_kernels() -> None:
+    """Turn off kernels of cuDNN that torch would use on a GPU. Training, evaluation and benchmarks call this first.
+
+    cuDNN's attention returns NaN gradients if there is a mask, the number of keys is 64 modulo 128, and a query's
+    scores are all below -88.7 (github.com/pytorch/pytorch/issues/196678). It also plans each new shape for 0.1 to 2 s,
+    and nearly every step has a new shape. Both were seen on an H200 with torch 2.11: bench_results/.
+    cuDNN's convolutions would round float32 to TF32, which has 10 bits.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _rendezvous(rank: int, world_size: int) -> dist.Store:

@@ -84,7 +84,7 @@ class Job:
         flags = {"template": self.row.template, "steps": self.args.steps, "seed": self.seed}
         if self.args.toy:
             lr = TOY_LR[self.row.script] * (LORA_LR if self.row.lora else 1)
-            flags |= {"lr": lr, "dtype": "float32", "accumulation_steps": 1, "max_new_tokens": TOY_TOKENS}
+            flags |= {"lr": lr, "dtype": "float32", "max_new_tokens": TOY_TOKENS}
             flags |= {"prompts_per_rank": TOY_PROMPTS // self.args.nproc_per_node}
         if self.row.lora:
             flags["lora_rank"] = LORA_RANK

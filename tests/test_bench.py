@@ -40,7 +40,7 @@ def test_step(on_the_tiny_model, monkeypatch, capsys):
         for way in ("plain", "ours"):
             assert [list(seconds) for seconds in clip["rounds"][way]] == 2 * [list(speed.PHASES)]
             assert all(seconds > 0 for times in clip["rounds"][way] for seconds in times.values())
-        assert 0 < 2 * clip["beside_gb"]["ours"] < clip["beside_gb"]["plain"]
+        assert 0 < clip["beside_gb"]["ours"] < clip["beside_gb"]["plain"]
     assert printed.count("plain / ours") == 2
 
 
@@ -84,6 +84,8 @@ def test_scale(on_the_tiny_model, monkeypatch, capsys, tmp_path):
         (["memory", "--accumulation_steps", "3"], "--accumulation_steps"),
         (["memory", "--clip_seconds", "31"], "--clip_seconds"),
         (["memory", "--max_new_tokens", "0"], "--max_new_tokens"),
+        (["gpu", "--parts", "card", "speed"], "invalid choice: 'speed'"),
+        (["gpu", "--rounds", "2"], "unrecognized arguments"),
     ],
 )
 def test_wrong_settings(wrong, complaint, capsys):

@@ -1,5 +1,6 @@
 """The decoder against transformers' forward, kept for many rollouts, with its steps recorded and replayed."""
 
+import copy
 import gc
 import weakref
 
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 
 from model import decoding
 from model.decoding import GroupDecoder
-from policy import encode_prompts, prefill, sample_group, slice_prompt
+from policy import completion_logprobs, encode_prompts, prefill, sample_group, slice_prompt
 
 NO_STOP = [-1]
 
@@ -85,8 +86,25 @@ def test_replayed_steps_sample_what_fresh_ones_do(tiny, questions, recordings):
         )
         assert torch.equal(replayed, fresh)
         counts.append(len(recordings))
-    # 9 tokens are decoded, in 4, 8 and 10 slots. Two prompts, then one; the last is shorter and takes fewer slots.
-    assert counts == [3, 3, 6, 6, 9]
+    # 9 tokens are decoded, in 4, 8 and 10 slots. One prompt uses the memory and recordings of two. The last prompt is
+    # shorter and takes fewer slots.
+    assert counts == [3, 3, 3, 3, 6]
+
+
+def test_memory_for_the_longest_prompt_from_the_start(tiny, questions, recordings):
+    """With the sizes known, longer prompts and more of them need no new memory, so no recording is lost."""
+    model, processor = tiny
+    prompt = encode_prompts(processor, questions, "answer")
+    decoder = GroupDecoder(model, 2, 10, prompts=4, prompt_tokens=prompt["input_ids"].shape[1])
+    decoder.cuda_graph = True  # as on a GPU
+    allocated, recorded = set(), []
+    for start, stop in ((0, 1), (0, 4), (3, 4), (0, 1), (0, 4)):
+        inputs = model, slice_prompt(prompt, start, stop), 2, 10, 1.0, NO_STOP
+        kept, fresh = (sample_group(*inputs, torch.Generator().manual_seed(0), d)[0] for d in (decoder, None))
+        assert torch.equal(kept, fresh)
+        allocated.add(decoder.prompt_cache[0][0].data_ptr())
+        recorded.append(len(recordings))
+    assert len(allocated) == 1 and recorded[2:] == recorded[2:3] * 3
 
 
 @pytest.mark.parametrize("batches", [((2, 4), (0, 1)), ((0, 4), (0, 4))])
@@ -99,7 +117,7 @@ def test_an_overflow_stays_in_its_rollout(tiny, questions, batches):
     for keys, values in decoder.prompt_cache + decoder.completion_cache:
         keys.fill_(torch.inf)
         values.fill_(torch.nan)
-    tokens, _ = sample_group(model, now, 2, 8, 0.0, NO_STOP, None, decoder)
+    tokens, _, _ = sample_group(model, now, 2, 8, 0.0, NO_STOP, None, decoder)
     assert torch.equal(tokens, sample_group(model, now, 2, 8, 0.0, NO_STOP)[0])
 
 
@@ -124,7 +142,7 @@ def test_recorded_steps_use_updated_weights(tiny, questions, recordings):
     decoder = GroupDecoder(model, group_size=2, max_new_tokens=8)
     decoder.cuda_graph = True  # as on a GPU
     inputs = model, prompt, 2, 8, 0.0, NO_STOP, None
-    before, _ = sample_group(*inputs, decoder)
+    before, _, _ = sample_group(*inputs, decoder)
     weight = model.model.language_model.layers[0].mlp.down_proj.weight
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -133,3 +151,19 @@ def test_recorded_steps_use_updated_weights(tiny, questions, recordings):
     with torch.no_grad():
         weight.copy_(kept)
     assert torch.equal(after, fresh) and not torch.equal(before, after)
+
+
+def test_in_bfloat16_the_sampler_is_the_policy_that_learns(tiny, questions, monkeypatch):
+    """Scores in float32 shrink the gap between the sampler's log-probs and those of the training pass."""
+    model = copy.deepcopy(tiny[0])
+    for layer in model.model.language_model.layers:  # sharp attention: scores of several dozens
+        layer.self_attn.q_proj.weight.data *= 10
+    model, prompt = model.bfloat16(), encode_prompts(tiny[1], questions, "answer")
+    generator, gaps = torch.Generator(), []
+    for multiply in (decoding.product, torch.matmul):  # matmul rounds its result to bfloat16
+        monkeypatch.setattr(decoding, "product", multiply)
+        drawn = sample_group(model, prompt, 16, 12, 1.0, NO_STOP, generator.manual_seed(0))
+        with torch.no_grad():
+            logprobs, _ = completion_logprobs(model, prompt, *drawn[:2], 1.0)
+        gaps.append((drawn[2] - logprobs).abs().mean())
+    assert gaps[0] < 0.75 * gaps[1]

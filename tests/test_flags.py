@@ -14,7 +14,7 @@ from infra.flags import LIMITS, outside_limits
 
 CHECKPOINT = ["--ckpt", "m", "--out", "p", "--data", "q.jsonl"]
 TRAINING = ("steps", "prompts_per_rank", "accumulation_steps", "max_new_tokens", "lr", "max_grad_norm", "seed",
-            "save_every", "keep_last", "lora_rank", "lora_alpha", "lora_dropout")  # fmt: skip
+            "save_every", "save_state_every", "keep_last", "lora_rank", "lora_alpha", "lora_dropout")  # fmt: skip
 GRPO = ("group_size", "temperature", "beta", "clip_low", "clip_high", "updates_per_rollout", "log_completions_every")
 EVALUATION = ("batch_size", "limit", "max_new_tokens", "samples", "shuffle_choices", "check_batching", "seed")
 MEASURING = ("group_size", "prompts_per_rank", "clip_seconds", "max_new_tokens")

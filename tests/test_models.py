@@ -1,4 +1,4 @@
-"""The shapes of the models that the benchmarks build."""
+"""The shapes of the models that the benchmarks build; names of results files."""
 
 import pytest
 import torch
@@ -17,3 +17,14 @@ def test_the_small_model():
         shares.append([size / total for size in sizes])
     assert 47e6 < total < 50e6
     assert shares[0] == pytest.approx([0.77, 0.08, 0.08], abs=0.01) and shares[1] == pytest.approx(shares[0], abs=0.25)
+
+
+def test_the_tiny_model():
+    model = models.build_model(models.qwen2_audio_tiny(), torch.float32, torch.device("cpu"))
+    assert 150_000 < sum(weight.numel() for weight in model.parameters()) < 250_000
+    prompt = models.make_prompt(model, 1, clip_seconds=2.0)
+    assert (prompt["input_ids"] == 499).sum() == 50 and prompt["input_features"].shape[2] == 200
+
+
+def test_results_path():
+    assert str(models.results_path("step", "Some(R) CPU, 2 cores ")) == "bench_results/step_Some_R_CPU_2_cores"

@@ -122,12 +122,12 @@ def test_greedy_tokens_are_those_of_generate(tiny, questions):
     """Also for padded prompts whose completions end at different lengths. Row b * G + g belongs to prompt b."""
     model, processor = copy.deepcopy(tiny[0]), tiny[1]
     prompt, pad = encode_prompts(processor, questions, "answer"), processor.tokenizer.pad_token_id
-    free, _ = sample_group(model, prompt, 1, 12, 0.0, NO_STOP)
+    free, _, _ = sample_group(model, prompt, 1, 12, 0.0, NO_STOP)
     stop_ids = [int(free[2, 3]), int(free[0, 0])]
     settings = dict(do_sample=False, max_new_tokens=12, eos_token_id=stop_ids, pad_token_id=pad)
     generated = model.generate(**full_prompt(processor, questions), **settings)[:, prompt["input_ids"].shape[1] :]
 
-    tokens, mask = sample_group(model, prompt, 3, 12, 0.0, stop_ids)
+    tokens, mask, _ = sample_group(model, prompt, 3, 12, 0.0, stop_ids)
     assert torch.equal(torch.where(mask, tokens, pad), generated[torch.arange(12) // 3])
     assert len(generated.unique(dim=0)) == len(questions) and len(mask.sum(-1).unique()) >= 3
 
@@ -175,11 +175,11 @@ def test_draws_have_the_probabilities_of_the_model(peaked, questions):
 def test_a_stop_token_ends_a_completion(peaked, questions):
     """The mask includes the first stop token. Behind it, rows are filled with stop_ids[0]. Other rows continue."""
     prompt, generator = encode_prompts(peaked[1], questions[:2], "answer"), seeded()
-    free, mask = sample_group(peaked[0], prompt, 100, 8, 1.0, NO_STOP, generator)
+    free, mask, _ = sample_group(peaked[0], prompt, 100, 8, 1.0, NO_STOP, generator)
     assert free.shape == (200, 8) and mask.all()
 
     stop_ids = torch.bincount(free.flatten()).topk(2).indices.tolist()
-    tokens, mask = sample_group(peaked[0], prompt, 100, 8, 1.0, stop_ids, generator)
+    tokens, mask, _ = sample_group(peaked[0], prompt, 100, 8, 1.0, stop_ids, generator)
     last = Counter()
     for row, valid in zip(tokens.tolist(), mask.tolist()):
         length = next((i + 1 for i, token in enumerate(row) if token in stop_ids), 8)
@@ -193,9 +193,9 @@ def test_a_stop_token_ends_a_completion(peaked, questions):
 def test_sampling_stops_early_and_is_repeatable(peaked, questions):
     """No step is computed once every row has ended. The state of the generator decides the draws."""
     prompt, size = encode_prompts(peaked[1], questions[:1], "answer"), peaked[0].config.text_config.vocab_size
-    tokens, mask = sample_group(peaked[0], prompt, 8, 100, 1.0, list(range(0, size, 3)), seeded())
+    tokens, mask, _ = sample_group(peaked[0], prompt, 8, 100, 1.0, list(range(0, size, 3)), seeded())
     assert tokens.shape == mask.shape == (8, mask.sum(-1).max()) and mask.shape[1] < 100
-    tokens, mask = sample_group(peaked[0], prompt, 8, 100, 1.0, list(range(size)), seeded())
+    tokens, mask, _ = sample_group(peaked[0], prompt, 8, 100, 1.0, list(range(size)), seeded())
     assert tokens.shape == (8, 1) and mask.all()
 
     one, two, other = (sample_group(peaked[0], prompt, 8, 6, 1.0, NO_STOP, seeded(s))[0] for s in (0, 0, 1))

@@ -15,11 +15,41 @@ import torch.distributed as dist
 from forked import ENVIRONMENT, run_processes
 from training_runs import free_port
 
+import bench
 from infra import processes
 from infra.errors import InputError
-from infra.processes import LESS_MEMORY, START, Clock, catch_sigterm, memory_errors, on_rank_0, setup_distributed
+from infra.processes import (
+    LESS_MEMORY,
+    START,
+    Clock,
+    catch_sigterm,
+    choose_kernels,
+    memory_errors,
+    on_rank_0,
+    setup_distributed,
+)
 
 # ---- join, wait, end ----
+
+
+@pytest.mark.parametrize("start", [setup_distributed, bench.main])
+def test_cudnns_attention_is_off_before_anything_runs(monkeypatch, start):
+    """In training and evaluation, which join the ranks first, and in benchmarks."""
+
+    class Chosen(Exception):
+        pass
+
+    def stop():
+        choose_kernels()
+        raise Chosen
+
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    for module in (processes, bench):
+        monkeypatch.setattr(module, "choose_kernels", stop)
+    monkeypatch.setattr("sys.argv", ["bench.py", "memory"])
+    with pytest.raises(Chosen):
+        start()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def wait_long(rank, start_line, port, folder):

@@ -31,8 +31,11 @@ from model.checkpoints import load_policy
 
 @pytest.fixture(scope="session")
 def killed(runs):
-    """A run on 2 ranks, killed soon after its state of step 4. Its .jsonl files have a later step and half a line."""
-    with Start(runs, "killed") as start:
+    """A run on 2 ranks, killed soon after its state of step 4. The checkpoint before that is of step 3.
+
+    Its .jsonl files have a later step and half a line.
+    """
+    with Start(runs, "killed", save_every=3, save_state_every=4) as start:
         start.wait_until((runs / "killed" / "resume" / "step_000004").exists)
     for name in ("metrics.jsonl", "completions.jsonl"):
         with open(runs / "killed" / name, "a") as file:
@@ -52,7 +55,7 @@ def test_the_reference_learns(runs):
 # ---- kills ----
 
 
-def kill_and_resume(runs, out, steps, kills, startup, most):
+def kill_and_resume(runs, out, kills, startup, most, **flags):
     """Kill a run once for each kind in `kills`, resume it each time, and let it end. Returns how many kills hit a save.
 
     startup: seconds until a run's first step; kills while "starting" come before that. most: the other kills come after
@@ -60,7 +63,7 @@ def kill_and_resume(runs, out, steps, kills, startup, most):
     """
     saves_hit = 0
     for number, kind in enumerate(kills):
-        with Start(runs, out, *(["--resume"] if number else []), steps=steps) as start:
+        with Start(runs, out, *(["--resume"] if number else []), **flags) as start:
             if kind == "starting":
                 time.sleep(random.uniform(0, startup))
             else:
@@ -75,7 +78,7 @@ def kill_and_resume(runs, out, steps, kills, startup, most):
             assert start.process.poll() is None, f"over before kill {number} ({kind})"
             start.kill()
         saves_hit += any((runs / out).rglob("*.unfinished"))
-    finish(runs, out, "--resume", steps=steps)
+    finish(runs, out, "--resume", **flags)
     return saves_hit
 
 
@@ -91,13 +94,17 @@ def seconds_to_first_step(runs, out, **flags):
 
 @pytest.mark.slow
 def test_a_run_killed_twelve_times_equals_an_undisturbed_one(runs):
-    """Kills come during starts (even before there is a state), during training and in the middle of saves."""
+    """Kills come during starts (even before there is a state), during training and in the middle of saves.
+
+    The newest checkpoint is older than the state, newer, or of the same step.
+    """
     random.seed(seed := random.randrange(10**6))
     print("random seed", seed)  # pytest shows it if the test fails
     steps = 60  # more steps than twelve killed starts take
     startup = seconds_to_first_step(runs, "long", steps=steps)
+    flags = dict(steps=steps, save_state_every=3)
     kills = random.sample(["starting"] * 4 + ["training"] * 4 + ["saving"] * 4, 12)
-    saves_hit = kill_and_resume(runs, "twelve", steps, kills, startup, most=5)
+    saves_hit = kill_and_resume(runs, "twelve", kills, startup, most=5, **flags)
     assert_same_run(runs / "twelve", runs / "long")
     assert saves_hit >= 2
 
@@ -160,7 +167,8 @@ def test_three_ranks(runs):
 def continued(runs, killed):
     """Resume two copies of the killed run side by side. Returns name -> what was printed.
 
-    alone: on one rank instead of two. planted: among leftovers of interrupted saves, with other save settings.
+    alone: on one rank instead of two. planted: with other save settings, among leftovers of interrupted saves and a
+    checkpoint newer than the state, which has wrong weights.
     """
     for name in ("alone", "planted"):
         shutil.copytree(killed, runs / name)
@@ -168,11 +176,12 @@ def continued(runs, killed):
         leftovers = runs / "planted" / f"{name}.unfinished"
         leftovers.mkdir(exist_ok=True)
         (leftovers / "rank_0.pt").write_bytes(b"half of it")
+    shutil.copytree(killed / "step_000003", runs / "planted" / "step_000006", dirs_exist_ok=True)
     for name in ("config.json", "metrics.jsonl", "curves.png"):
         (runs / "planted" / f"{name}.unfinished").write_text("half of i")
     with (
         Start(runs, "alone", "--resume", ranks=1, torchrun=(), prompts_per_rank=BATCH) as alone,
-        Start(runs, "planted", "--resume", save_every=1, keep_last=2) as planted,
+        Start(runs, "planted", "--resume", save_every=1, save_state_every=3, keep_last=3) as planted,
     ):
         return {"alone": alone.finish(), "planted": planted.finish()}
 
@@ -193,13 +202,14 @@ def test_another_number_of_ranks_continues(runs, killed, continued):
 
 
 def test_leftovers_of_interrupted_saves_are_ignored_and_removed(runs, killed, continued):
-    """So are steps after the state and half-written lines. A resume may change --save_every and --keep_last."""
+    """So are steps and checkpoints after the state, and half-written lines. A resume may change how often it saves."""
     out, reference = runs / "planted", runs / "reference"
-    assert f"resuming after step {state(killed)}" in continued["planted"]
+    assert f"resuming after step {state(killed)}; removed newer checkpoints: step_000006" in continued["planted"]
     assert metrics(out) == metrics(reference)
     assert (out / "completions.jsonl").read_text() == (reference / "completions.jsonl").read_text()
-    assert_same_weights(out / "step_000008", reference / "step_000008")
-    assert names(out) == ["step_000007", "step_000008"] and names(out / "resume") == ["step_000008"]
+    for name in ("step_000006", "step_000008"):
+        assert_same_weights(out / name, reference / name)
+    assert names(out) == ["step_000006", "step_000007", "step_000008"] and names(out / "resume") == ["step_000008"]
     assert list(out.rglob("*.unfinished")) == []
 
 

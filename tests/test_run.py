@@ -41,7 +41,7 @@ def begin(one_rank, tiny, questions, tmp_path, monkeypatch):
 
     def begin(*flags, asked=questions):
         args = settings(tmp_path / "run", *flags)
-        checked = {"world_size": 1, "launchers": []}, asked, [], None
+        checked = {"world_size": 1, "launchers": []}, asked, [], None, 2.0
         monkeypatch.setattr(run_module, "check_inputs", lambda *_: checked)
         monkeypatch.setattr(run_module, "load_on_all_ranks", lambda *_: (copy.deepcopy(model).float(), processor))
         run = Run(args, "GRPO", CPU)
@@ -62,6 +62,12 @@ def batches(run):
         found.append(run.next_batch()[0])
         run.progress["position"] += run.batch_size
     return found
+
+
+def test_the_longest_prompt_fits_the_decoders_memory(begin, questions, tiny):
+    """The bound exceeds the longest prompt by the bound of the markup, and by text and clip of different questions."""
+    prompt = encode_prompts(tiny[1], questions, "answer")
+    assert 0 <= begin().longest_prompt() - prompt["input_ids"].shape[1] < 60
 
 
 # ---- the questions of a step ----
@@ -200,7 +206,8 @@ def test_a_record_has_the_measured_values_and_none_for_the_others(begin):
 
 
 def test_saves_happen_when_due_and_when_stopping(begin, tmp_path):
-    run = begin("--save_every=2")
+    """A checkpoint and a state may come alone. Both come after the last step."""
+    run = begin("--save_every=2", "--save_state_every=3")
     out = tmp_path / "run"
 
     def saved():
@@ -209,8 +216,8 @@ def test_saves_happen_when_due_and_when_stopping(begin, tmp_path):
     seen = []
     for run.step in range(1, 6):
         append_jsonl(out / "metrics.jsonl", {"step": run.step})
-        run.stopping = run.step == 3
+        run.stopping = run.step == 1
         run.save_if_due()
         seen.append(saved())
-    assert seen == [[[], []], [[2], [2]], [[2], [3]], [[2, 4], [4]], [[2, 4, 5], [5]]]  # the last step is always saved
+    assert seen == [[[], [1]], [[2], [1]], [[2], [3]], [[2, 4], [3]], [[2, 4, 5], [5]]]
     assert run.progress == {"step": 5, "position": 15, "before": None}

@@ -1,10 +1,10 @@
 """Run folders: a save is complete or missing, any number of ranks loads it, and no run continues another run."""
 
-import functools
 import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,9 +40,9 @@ def test_the_message_for_a_failed_write(tmp_path, monkeypatch):
     assert message().startswith(
         f"{tmp_path}/x.pt: could not be written (failed at position 7), with 1.23 GB free; there is"
     )
-    assert what_is_saved(tmp_path) == "there is no checkpoint yet"
+    assert what_is_saved(tmp_path) == "there is no checkpoint yet, and --resume starts at step 1"
     (tmp_path / "step_000100").mkdir()
-    assert what_is_saved(tmp_path) == f"the last checkpoint is {tmp_path}/step_000100"
+    assert what_is_saved(tmp_path) == f"the last checkpoint is {tmp_path}/step_000100, and --resume starts at step 1"
     (tmp_path / "resume" / "step_000120").mkdir(parents=True)
     assert f"the last checkpoint is {tmp_path}/step_000100, and --resume continues after step 120; check" in message()
 
@@ -53,7 +53,18 @@ SHAPES = {f"layer{i}.{name}": shape for i in range(3) for name, shape in (("weig
 
 
 def save_with_two_load_with_others(rank, folder):
-    """Take three steps on two ranks and save. Then four ranks load the state, then one. Each writes what it loaded."""
+    """Take three steps on two ranks and save. Then four ranks load the state, then one. Each writes what it loaded.
+
+    The checkpoint is complete once rank 1 has begun its file of the state: so rank 1 must not wait for rank 0.
+    """
+
+    def save_checkpoint(checkpoint, *_):
+        deadline = time.monotonic() + 60
+        while not Path(folder, "resume", "step_000003.unfinished", "rank_1.pt").exists():
+            assert time.monotonic() < deadline
+        checkpoint.mkdir()
+
+    run_folder.save_checkpoint, run_folder.draw_curves = save_checkpoint, lambda out: None  # in this process alone
     torch.set_num_threads(1)
     for world_size in (2, 4, 1):
         if rank >= world_size:
@@ -69,8 +80,11 @@ def save_with_two_load_with_others(rank, folder):
                 for parameter in parameters.values():
                     parameter.grad = torch.randn(parameter.shape, generator=random_numbers).bfloat16()
                 optimizer.step(1e-3, clip_scale(optimizer.grad_norm(), 1.0))
-            save_state(Path(folder), {"step": 3, "position": 12, "before": [0.5, 1.0]}, optimizer, generator)
-            progress = None
+            progress, policy = (
+                {"step": 3, "position": 12, "before": [0.5, 1.0]},
+                torch.nn.ParameterList(parameters.values()),
+            )
+            save_run(Path(folder), progress, policy, None, optimizer, generator, True, True, keep_last=0)
         else:
             progress = load_state(Path(folder) / "resume" / "step_000003", optimizer, generator)
         outcome = {"state": optimizer.state, "weights": {name: p.detach() for name, p in parameters.items()}}
@@ -81,6 +95,7 @@ def save_with_two_load_with_others(rank, folder):
 
 def test_any_number_of_ranks_loads_a_state(tmp_path):
     run_processes(save_with_two_load_with_others, (str(tmp_path),), nprocs=4)
+    assert names(tmp_path) == names(tmp_path / "resume") == ["step_000003"]
     saved = [torch.load(tmp_path / f"2_{rank}.pt") for rank in range(2)]
     expected = saved[0]["state"] | saved[1]["state"]
     for world_size in (4, 1):
@@ -112,37 +127,49 @@ def test_a_damaged_state_gives_one_clear_line(one_rank, tmp_path, damage):
 # ---- saving ----
 
 
-def test_too_little_disk_space_is_reported_before_anything_is_written(one_rank, tmp_path, tiny, monkeypatch):
-    """The message names the folder, the space that the save takes, and the free space. With enough, saving succeeds."""
-    policy, processor = tiny
+@pytest.fixture
+def save(one_rank, tmp_path, tiny, monkeypatch):
+    """A function that saves the tiny model in tmp_path with save_run."""
     (tmp_path / "metrics.jsonl").write_text("")
-    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
-    save = functools.partial(save_run, tmp_path, {"step": 1}, policy, processor, optimizer, generator, True, 0)
-    size = sum((12 + p.element_size()) * p.numel() for p in policy.parameters() if p.requires_grad)
     monkeypatch.setattr(run_folder, "draw_curves", lambda out: None)
+    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
+
+    def save(step, checkpoint=True, state=True, keep_last=1):
+        save_run(tmp_path, {"step": step}, *tiny, optimizer, generator, checkpoint, state, keep_last)
+
+    return save
+
+
+@pytest.mark.parametrize("checkpoint, state, due", [(1, 1, "checkpoint and resume state"), (1, 0, "checkpoint"),
+                                                    (0, 1, "resume state")])  # fmt: skip
+def test_too_little_disk_space_is_reported_before_anything_is_written(
+    save, tmp_path, tiny, monkeypatch, capsys, checkpoint, state, due
+):
+    """The message names the folder, the space that the save takes, and the free space. With enough, saving succeeds."""
+    size = sum((12 * p.requires_grad * state + p.element_size() * checkpoint) * p.numel() for p in tiny[0].parameters())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
     with pytest.raises(InputError, match=rf"{tmp_path}: .* takes 0\.0\d GB and {size / 1e9:.2f} GB are free"):
-        save()
+        save(1, checkpoint, state)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size + 10**8))
-    save()
-    assert names(tmp_path) == names(tmp_path / "resume") == ["step_000001"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size + 2.1e7))
+    save(1, checkpoint, state)
+    assert names(tmp_path) == ["step_000001"] * checkpoint and names(tmp_path / "resume") == ["step_000001"] * state
+    assert capsys.readouterr().out == f"step 1: saving {due}, {(size + 2e7) / 1e9:.2f} GB\n"
 
 
-def test_older_checkpoints_stay_until_the_state_is_saved(one_rank, tmp_path, tiny):
-    """--resume drops a checkpoint that is newer than the state. Without the older ones, none would be left."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    optimizer, generator = ShardedAdamW({"weight": torch.nn.Parameter(torch.ones(9))}), torch.Generator()
-
-    def save(step):
-        save_run(tmp_path, {"step": step}, *tiny, optimizer, generator, checkpoint=True, keep_last=1)
-
+def test_a_checkpoint_that_a_resume_keeps_stays(save, tmp_path):
+    """--resume removes checkpoints newer than the state. With --keep_last 1, it would have none left."""
     save(1)
-    with killed_in(run_folder, "save_state"):
+    with killed_in(run_folder, "finish_folder"):  # the checkpoint is complete, the state is not
         save(2)
     assert names(tmp_path) == ["step_000001", "step_000002"] and names(tmp_path / "resume") == ["step_000001"]
     save(3)
     assert names(tmp_path) == names(tmp_path / "resume") == ["step_000003"]
+    save(4, state=False)
+    save(5, state=False)
+    assert names(tmp_path) == ["step_000003", "step_000005"] and names(tmp_path / "resume") == ["step_000003"]
+    save(6, checkpoint=False)
+    assert names(tmp_path) == ["step_000005"] and names(tmp_path / "resume") == ["step_000006"]
 
 
 # ---- resuming ----
@@ -181,7 +208,7 @@ def saved(one_rank, tmp_path):
     return tmp_path, config, find_state(tmp_path, config, resume=True)
 
 
-def test_leftovers_of_a_save_are_removed_before_disk_space_is_checked(saved, tiny, monkeypatch):
+def test_leftovers_of_a_save_are_removed_before_disk_space_is_checked(saved, tiny, monkeypatch, capsys):
     """Otherwise a killed save could fill a disk that has space for two states, and no --resume would start."""
     out, config, state = saved
 
@@ -193,6 +220,7 @@ def test_leftovers_of_a_save_are_removed_before_disk_space_is_checked(saved, tin
     (out / "config.json").write_text(json.dumps(json.loads((out / "config.json").read_text()) | met))
     open_run(out, config, state, tiny[0])
     assert names(out) == [] and len(lines(out / "metrics.jsonl")) == 2  # the checkpoint of step 4 will be written again
+    assert capsys.readouterr().out.endswith("resuming after step 2; removed newer checkpoints: step_000004\n")
     assert json.loads((out / "config.json").read_text()) == config | met | {"version": run_folder.VERSION}
 
 

@@ -14,7 +14,7 @@ def test_picture(tmp_path):
 def test_rounds_of_a_point(monkeypatch):
     """The first round only warms up, unless the time is over after it."""
     monkeypatch.setattr(scale, "make_prompt", lambda *_: None)
-    monkeypatch.setattr(scale, "timed_step", lambda *_: dict.fromkeys(speed.PHASES, next(times)))
+    monkeypatch.setattr(scale, "timed_step", lambda *_, **how: dict.fromkeys(speed.PHASES, next(times)))
     sizes = dict(group_size=2, clip_seconds=1, max_new_tokens=1, prompts_per_rank=1)
     for limit, expected in ((100, {"rounds": 3, "seconds": 2}), (0, {"rounds": 1, "seconds": 9})):
         times = iter([9, 1, 2, 3, 4])

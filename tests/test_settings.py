@@ -26,14 +26,14 @@ def test_without_a_model_the_toy_shares_its_questions_over_the_ranks(monkeypatch
 @pytest.mark.parametrize("parse_args, _, lr", SCRIPTS)
 def test_with_a_model_the_defaults_are_the_papers(parse_args, _, lr):
     args = parse_args(REAL)
-    assert (args.lr, args.steps, args.prompts_per_rank, args.accumulation_steps) == (lr, 1000, 2, 2)
+    assert (args.lr, args.steps, args.prompts_per_rank, args.accumulation_steps) == (lr, 1000, 2, 1)
     assert args.out.startswith("runs/Model") and args.max_new_tokens == 256 and args.save_every == 100
 
 
-def test_one_prompt_needs_no_accumulation_flag():
-    assert grpo_aqa.parse_args([*REAL, "--prompts_per_rank", "1"]).accumulation_steps == 1
-    assert grpo_aqa.parse_args([*REAL, "--prompts_per_rank", "4"]).accumulation_steps == 2
-    assert grpo_aqa.parse_args([*REAL, "--prompts_per_rank", "4", "--accumulation_steps", "4"]).accumulation_steps == 4
+def test_states_are_saved_as_often_as_checkpoints_unless_told():
+    assert sft_aqa.parse_args([*REAL, "--save_every", "7"]).save_state_every == 7
+    args = grpo_aqa.parse_args(["--save_every", "7", "--save_state_every", "50"])
+    assert (args.save_every, args.save_state_every) == (7, 50)
 
 
 def test_on_and_off_are_booleans():
@@ -50,7 +50,11 @@ def test_on_and_off_are_booleans():
         (["--lora_rank", "-1"], "--lora_rank must be at least 0"),
         (["--lora_rank", "8", "--lora_alpha", "0"], "--lora_alpha must be above 0"),
         (["--lora_rank", "8", "--lora_dropout", "1"], "--lora_dropout must be below 1, not 1.0"),
-        (["--prompts_per_rank", "3"], "--prompts_per_rank must be a multiple of --accumulation_steps"),
+        (["--save_state_every", "0"], "--save_state_every must be at least 1, not 0"),
+        (
+            ["--prompts_per_rank", "3", "--accumulation_steps", "2"],
+            "--prompts_per_rank must be a multiple of --accumulation_steps",
+        ),
         (["--cuda_graph", "maybe"], "argument --cuda_graph: must be on or off, not 'maybe'"),
     ],
 )

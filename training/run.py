@@ -4,6 +4,7 @@ grpo_aqa.train and sft_aqa.train use one Run object:
 
     run.load_policy()           load the policy and its processor
     run.first_prompt()          encode one question, for the warm-up of DistributedDataParallel
+    run.longest_prompt()        tokens of the longest prompt, for the decoder's memory
     run.start(...)              make the run folder, or restore the state to resume from
     run.steps()                 the steps that are left; ends early after SIGTERM
     run.next_batch()            this rank's questions of the step, encoded ahead by a thread
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, digest
+from data import Question, build_prompt, digest
 from evaluation.answering import answer_questions
 from evaluation.scores import heldout_table, score_answers
 from infra.errors import SHOWN, InputError
@@ -51,11 +52,19 @@ from infra.processes import (
 )
 from model.checkpoints import check_model, load_on_all_ranks, pick_dtype
 from model.lora import add_lora
-from model.qwen2_audio import Prompt, freeze_audio_tower
+from model.qwen2_audio import TOKENS_PER_SECOND, Prompt, freeze_audio_tower
 from policy import BadClip, encode_ahead, listen, to_device
 from training.metrics import append_jsonl, log_completions
 from training.optimizer import ShardedAdamW
-from training.preflight import CACHE, Checked, check_context, heard_seconds, load_checked, long_clips_note
+from training.preflight import (
+    CACHE,
+    MARKUP_TOKENS,
+    Checked,
+    check_context,
+    heard_seconds,
+    load_checked,
+    long_clips_note,
+)
 from training.run_folder import find_state, load_state, note_bad_clips, open_run, save_run, what_is_saved, writing_run
 from training.settings import TOY_MODEL
 from training.toy_model import make_toy
@@ -85,7 +94,7 @@ class Run:
         self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions per step, all ranks
         started_by = launchers()
         checked = on_rank_0(lambda: check_inputs(args, method, started_by))
-        self.config, self.questions, self.heldout, self.state = checked
+        self.config, self.questions, self.heldout, self.state, self.longest_clip = checked  # the last one in seconds
         self.bad_clips: dict[str, str] = {}  # found by this rank in training: what is wrong, by Question.place
         self.progress: dict = {}  # step; position: questions used by all ranks; before: held-out scores before step 1
         self.batch: list[Question] = []  # this rank's questions of the step
@@ -116,6 +125,12 @@ class Run:
                 raise SharedInputError(str(error)) from None
         self.policy, self.processor = policy, processor
         return policy, processor
+
+    def longest_prompt(self) -> int:
+        """Return an upper bound of the tokens of the longest prompt: the longest text beside the longest clip."""
+        texts = [build_prompt(question, self.args.template) for question in self.questions]
+        text_tokens = max(map(len, self.processor.tokenizer(texts)["input_ids"]))
+        return text_tokens + MARKUP_TOKENS + math.ceil(TOKENS_PER_SECOND * self.longest_clip)
 
     def first_prompt(self) -> Prompt:
         """Encode one question, for the warm-up passes of data_parallel."""
@@ -241,10 +256,15 @@ class Run:
                 log_completions(path, self.step, self.batch, self.args.template, texts, scores, rewards, advantages)
 
     def save_if_due(self) -> None:
-        """Count the step as done. If it is time, save a checkpoint and the state; after a SIGTERM, the state."""
+        """Count the step as done. Save a checkpoint and the resume state if due: both after the last step.
+
+        After a SIGTERM, the state is due.
+        """
         self.progress |= {"step": self.step, "position": self.progress["position"] + self.batch_size}
-        due = self.step % self.args.save_every == 0 or self.step == self.args.steps
-        if due or self.stopping:
+        last = self.step == self.args.steps
+        checkpoint = last or self.step % self.args.save_every == 0
+        state = last or self.step % self.args.save_state_every == 0 or self.stopping
+        if checkpoint or state:
             save_run(
                 self.out,
                 self.progress,
@@ -252,7 +272,8 @@ class Run:
                 self.processor,
                 self.optimizer,
                 self.generator,
-                checkpoint=due,
+                checkpoint=checkpoint,
+                state=state,
                 keep_last=self.args.keep_last,
                 template=self.args.template,
             )
@@ -284,10 +305,11 @@ def _short(value: float | None) -> str:
 
 def check_inputs(
     args: argparse.Namespace, method: str, started_by: list[str]
-) -> tuple[dict, list[Question], list[Question], Path | None]:
+) -> tuple[dict, list[Question], list[Question], Path | None, float]:
     """Make the toy if it is asked for, and check all inputs before any weights are loaded. Raises InputError.
 
-    Returns the run's config.json, the questions, the held-out questions, and the state to resume from if there is one.
+    Returns the run's config.json, the questions, the held-out questions, the state to resume from if there is one, and
+    the most seconds that the model hears of a question's clip.
     """
     if args.model == TOY_MODEL:
         make_toy(Path(TOY_MODEL).parent)
@@ -297,7 +319,8 @@ def check_inputs(
     heldout = Checked([], {}, {})
     if args.heldout:  # few enough to decode all of them
         heldout = load_checked(args.heldout, None, args.skip_bad_audio, decode=True)
-    if note := long_clips_note((training.seconds | heldout.seconds).values(), heard_seconds(args.model)):
+    heard = heard_seconds(args.model)
+    if note := long_clips_note((training.seconds | heldout.seconds).values(), heard):
         print(note, flush=True)
     check_context(args.model, training.questions + heldout.questions, args.template, args.max_new_tokens)
     config = vars(args) | {
@@ -310,7 +333,8 @@ def check_inputs(
         "world_size": dist.get_world_size(),
         "launchers": started_by,
     }
-    return config, training.questions, heldout.questions, find_state(Path(args.out), config, args.resume)
+    state = find_state(Path(args.out), config, args.resume)
+    return config, training.questions, heldout.questions, state, min(heard, max(training.seconds.values()))
 
 
 def encode_questions(

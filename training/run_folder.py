@@ -34,8 +34,9 @@ RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", 
 RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # Settings that may change when a run is resumed. They change results by rounding at most, or by LoRA's dropout. Only
 # another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same.
-FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "keep_last", "log_completions_every", "world_size"}
-FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph", "launchers"}
+FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "save_state_every", "keep_last"}
+FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
+FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version"}  # has a check of its own
 VERSION = 2  # of the run folder's format; states of other versions are not resumed
@@ -56,7 +57,7 @@ def what_is_saved(out: Path) -> str:
     """Say in a message which checkpoint is the newest, and after which step --resume continues."""
     checkpoints, states = step_folders(out), step_folders(out / "resume")
     last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-    return f"{last}, and --resume continues after step {step_of(states[-1])}" if states else last
+    return f"{last}, and --resume " + (f"continues after step {step_of(states[-1])}" if states else "starts at step 1")
 
 
 def writing_run(path: Path, out: Path):
@@ -170,13 +171,14 @@ def _start_run(out: Path, config: dict) -> None:
 
 def _continue_run(out: Path, config: dict, state: Path) -> None:
     """Bring the run folder back to the step of `state`."""
-    for later in step_folders(out):
-        if step_of(later) > step_of(state):
-            remove(later)
+    later = [folder for folder in step_folders(out) if step_of(folder) > step_of(state)]
+    for folder in later:
+        remove(folder)
     for name in ("metrics.jsonl", "completions.jsonl"):
         cut_jsonl(out / name, step_of(state))
     _write_config(out, config | {"bad_clips_met": _read_config(out).get("bad_clips_met", {})})
-    print(f"{out}: resuming after step {step_of(state)}", flush=True)
+    removed = f"; removed newer checkpoints: {', '.join(folder.name for folder in later)}" if later else ""
+    print(f"{out}: resuming after step {step_of(state)}{removed}", flush=True)
 
 
 def _write_config(out: Path, config: dict) -> None:
@@ -201,8 +203,10 @@ def note_bad_clips(out: Path, step: int, met: dict[str, str]) -> None:
 # ---- resume state ----
 
 
-def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator) -> None:
+def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator, first=lambda: None) -> None:
     """Write the state after progress["step"], then remove the earlier state. All ranks call this.
+
+    Rank 0 calls first() before it writes its file. The other ranks write their files meanwhile.
 
     progress: JSON values that the run needs back. Each rank writes one file: its share of the optimizer's state by
     parameter name, the state of the generator that it samples with, and the states of torch's default generators, which
@@ -211,6 +215,8 @@ def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator)
     folder = out / "resume" / f"step_{progress['step']:06d}"
     unfinished = on_rank_0(lambda: begin_folder(folder))
     rank = dist.get_rank()
+    if rank == 0:
+        first()
     rank_state = {"optimizer": optimizer.state, "generator": generator.get_state()}
     rank_state["dropout"] = {device: default.get_state() for device, default in _default_generators(generator).items()}
     with writing_run(folder / f"rank_{rank}.pt", out):
@@ -286,20 +292,24 @@ def save_run(
     optimizer,
     generator,
     checkpoint: bool,
+    state: bool,
     keep_last: int,
     template: str | None = None,
 ) -> None:
-    """Save the resume state after progress["step"] and, if `checkpoint`, a checkpoint. All ranks call this.
+    """Save a checkpoint and the resume state after progress["step"], or only one of them. All ranks call this.
 
-    The checkpoint remembers `template`. The newest `keep_last` checkpoints stay; 0 keeps all. Raises SharedInputError,
-    before any file changes, if the disk has too little room.
+    The checkpoint remembers `template`. The newest `keep_last` checkpoints stay, and the newest one that --resume would
+    not remove; 0 keeps all. Raises SharedInputError, before any file changes, if the disk has too little room.
     """
     step = progress["step"]
 
-    def write_checkpoint():
-        size = _require_disk_space(out, policy, checkpoint)
-        tqdm.write(f"step {step}: saving {'checkpoint and ' if checkpoint else ''}resume state, {size / 1e9:.2f} GB")
+    def announce():
+        size = _require_disk_space(out, policy, checkpoint, state)
+        due = " and ".join(["checkpoint"] * checkpoint + ["resume state"] * state)
+        tqdm.write(f"step {step}: saving {due}, {size / 1e9:.2f} GB")
         sys.stdout.flush()
+
+    def write_checkpoint():
         if checkpoint:
             folder = out / f"step_{step:06d}"
             with writing_run(folder, out):
@@ -308,12 +318,19 @@ def save_run(
             draw_curves(out)
 
     def remove_earlier():
-        for folder in step_folders(out)[:-keep_last] if keep_last else []:
-            remove(folder)
+        folders, saved = step_folders(out), max(map(step_of, step_folders(out / "resume")), default=0)
+        # --resume removes checkpoints newer than the state, and might leave none.
+        others = [folder for folder in folders if step_of(folder) <= saved]
+        for folder in folders[:-keep_last] if keep_last else []:
+            if folder not in others[-1:]:
+                remove(folder)
 
-    on_rank_0(write_checkpoint)
-    save_state(out, progress, optimizer, generator)
-    on_rank_0(remove_earlier)  # after the state: --resume drops checkpoints newer than the state
+    on_rank_0(announce)
+    if state:
+        save_state(out, progress, optimizer, generator, first=write_checkpoint)
+    else:
+        on_rank_0(write_checkpoint)
+    on_rank_0(remove_earlier)
 
 
 def state_bytes(policy) -> int:
@@ -327,9 +344,10 @@ def checkpoint_bytes(policy) -> int:
     return sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or not adapter)
 
 
-def _require_disk_space(out: Path, policy, checkpoint: bool = True) -> int:
+def _require_disk_space(out: Path, policy, checkpoint: bool = True, state: bool = True) -> int:
     """Return the bytes of the next save. Raises InputError if the disk has less room."""
-    size = state_bytes(policy) + checkpoint * checkpoint_bytes(policy) + 20_000_000  # processor, metrics, curves
+    size = checkpoint * checkpoint_bytes(policy) + state * state_bytes(policy)
+    size += 20_000_000  # processor, metrics, curves
     free = free_bytes(out)
     if free < size:
         raise InputError(

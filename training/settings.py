@@ -16,7 +16,7 @@ TOY_STEPS = 360
 TOY_PROMPTS = 16  # per step over all ranks: the toy learns the same on 1, 2 and 8 ranks
 TOY_TOKENS = 32  # longest completion
 TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}
-TOY = dict(steps=TOY_STEPS, accumulation_steps=1, max_new_tokens=TOY_TOKENS, dtype="float32")
+TOY = dict(steps=TOY_STEPS, max_new_tokens=TOY_TOKENS, dtype="float32")
 
 # ---- LoRA ----
 
@@ -57,7 +57,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("out", None, f"run folder [{defaults['out']}]")
     add("steps", 1000, "training steps")
     add("prompts_per_rank", 2, "questions per rank and step")
-    add("accumulation_steps", None, "forward and backward passes per step [2, or 1 for one prompt]", type=int)
+    add("accumulation_steps", 1, "forward and backward passes per step")
     add("template", "answer", "prompt template", choices=TEMPLATES)
     add("max_new_tokens", 256, "longest completion, in tokens")
     lr = f"AdamW's learning rate at step 1, then linear decay to 0 [{defaults['lr']:g}; with LoRA {LORA_LR}x that]"
@@ -67,7 +67,8 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("dtype", "auto", "dtype of the weights; auto: bfloat16 on a GPU, else float32", choices=("auto", *DTYPES))
     add("gradient_checkpointing", "auto", "recompute layers in the backward pass; auto: on a GPU", **AUTO_ON_OFF)
     add("cuda_graph", "on", "on a GPU, decode with CUDA graphs", **ON_OFF)
-    add("save_every", 100, "steps between checkpoints, and between resume states")
+    add("save_every", 100, "steps between checkpoints")
+    add("save_state_every", None, "steps between resume states [as --save_every]", type=int)
     add("keep_last", 0, "keep this many of the newest checkpoints; 0: all")
     add("lora_rank", 0, "train LoRA adapters of this rank; 0: train all weights")
     add("lora_alpha", 32.0, "LoRA's product is scaled by alpha / rank")
@@ -101,8 +102,8 @@ def parse_settings(
         args.out = defaults["out"].replace("<model's name>", Path(args.model).name)
     if args.lr is None:
         args.lr = defaults["lr"] * (LORA_LR if args.lora_rank else 1)
-    if args.accumulation_steps is None:
-        args.accumulation_steps = min(2, args.prompts_per_rank)
+    if args.save_state_every is None:
+        args.save_state_every = args.save_every
 
     for name in () if args.lora_rank else ("lora_alpha", "lora_dropout", "lora_targets"):
         if getattr(args, name) != parser.get_default(name):
