@@ -212,8 +212,9 @@ def accumulate_gradients(
 
     Leaves the gradient of the mean loss over the rollouts of all ranks in the parameters. Gradients add up on each
     rank, and the ranks average them once, in the last backward. temperature: that of sampling. The other keywords are
-    those of grpo_loss. Among the stats is sampler_gap: the mean absolute difference between these log-probs and the
-    sampler's. Before the first update, both are of the same policy, and the gap is rounding alone.
+    those of grpo_loss. Among the stats is sampler_gap: the mean absolute difference between the log-probs of this pass
+    and the sampler's. Before the first update, both are of the same policy, so the gap is only rounding (and the
+    dropout of LoRA).
     """
     sums: dict[str, float] = defaultdict(float)
     for rollout in rollouts:

@@ -1,4 +1,4 @@
-"""Part `card` of `python bench.py gpu`: versions, rates, and what the kernels of attention do on this card."""
+"""Part `card` of `python bench.py gpu`: versions, rates, and attention kernels."""
 
 import re
 from functools import partial
@@ -86,6 +86,6 @@ def gradients(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 
 
 def kernel(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> str:
-    """Return the name of the kernel that torch takes for these inputs of causal_attention."""
+    """Return the name of the kernel that torch chooses for these inputs of causal_attention."""
     queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
     return SDPBackend(torch._fused_sdp_choice(queries, keys, values, mask, is_causal=mask is None)).name

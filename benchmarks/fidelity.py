@@ -142,7 +142,7 @@ def relative_errors(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Compute relative errors of log-probs and gradient against `exact`, a model in float32 on the CPU.
 
-    The errors of bfloat16 on the CPU are those of the dtype alone. A GPU should make no larger ones. Completions have
+    The CPU's bfloat16 shows the error of the dtype alone; the GPU's should be no larger. Completions have
     1 to `tokens` random tokens.
     """
     completions = random_completions(exact, len(prompt["input_ids"]) * group_size, tokens)
@@ -183,7 +183,7 @@ def sampler_gaps(model, prompt: Prompt, group_size: int, max_new_tokens: int) ->
 
 
 def count_differing(decoders: list[GroupDecoder], prompt: Prompt, temperature: float) -> int:
-    """Count the completions that two decoders do not sample alike."""
+    """Count the completions that differ between two decoders."""
     plain, replayed = (draw(decoder, prompt, temperature)[0] for decoder in decoders)
     return int((plain != replayed).any(dim=1).sum())
 
@@ -224,7 +224,7 @@ class StoppedRun(Run):
 def resumed_run() -> Iterator[tuple[str, Any]]:
     """Train a tiny model twice: undisturbed, and stopped after step SAVED and resumed. Yields the later steps' metrics.
 
-    Both runs are in this process and in a temporary folder. Without soundfile or soxr, yields why there are none.
+    Both runs are in this process and in a temporary folder. Without soundfile or soxr, yields the reason instead.
     """
     try:
         audio_package("soundfile"), audio_package("soxr")

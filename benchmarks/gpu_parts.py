@@ -1,4 +1,4 @@
-"""Parts `memory`, `decode`, `train` and `step` of `python bench.py gpu`. See one_gpu for what a part is.
+"""Parts `memory`, `decode`, `train` and `step` of `python bench.py gpu`. See one_gpu for how a part works.
 
 All run the 7B shape with 2 prompts and 8 completions each. If `tiny`, the model and all sizes are small.
 """
@@ -65,7 +65,7 @@ def median_ms(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def save_kernels(save, name: str, function: Callable[[], Any], device: torch.device, passes: int = 1) -> None:
-    """Run a function under torch's profiler. Save what its kernels are, divided by `passes`.
+    """Run a function under torch's profiler. Save number and times of its kernels, per pass.
 
     Saves the number of kernels, the sum of their times, the number of launches of kernels and graphs, and the TOP names
     with the most time. On a CPU, operations count as kernels.
@@ -171,8 +171,8 @@ def train_part(tiny: bool, save) -> None:
                     save_line(save, f"{phase}, {label}", 1e3 * seconds, "ms", share)
             if (parts, checkpointing) == (1, True):
                 once = argparse.Namespace(**vars(args) | {"rounds": 0})
-                both = partial(time_learning, rank, args.clip_seconds, once, 2)
-                save_kernels(save, "both passes", both, device)
+                both = partial(time_learning, rank, args.clip_seconds, once, parts)
+                save_kernels(save, f"both passes, {label}", both, device)
 
 
 def step_part(tiny: bool, save) -> None:

@@ -56,7 +56,7 @@ def qwen2_audio_small() -> Any:
 
 
 def qwen2_audio_tiny() -> Any:
-    """Return a shape of 0.2 million weights that hears 2 s, to try the benchmarks."""
+    """Return a shape of 0.2 million weights for clips of up to 2 s, to test the benchmarks."""
     audio = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64, max_source_positions=100)
     text = dict(hidden_size=64, intermediate_size=128, vocab_size=500, num_hidden_layers=2)
     return Qwen2AudioConfig(
@@ -254,7 +254,7 @@ def describe(args: argparse.Namespace, clip_seconds: float) -> str:
 
 
 def save_line(save, name: str, value, unit: str = "", remark: str = "") -> None:
-    """Save a line of the table of `python bench.py gpu`. remark: such as a goal. See one_gpu for `save`."""
+    """Save a line of the table of `python bench.py gpu`. remark: a note, for example a goal. See one_gpu for `save`."""
     save(**{name: {"value": value, "unit": unit, "remark": remark}})
 
 

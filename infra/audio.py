@@ -117,10 +117,10 @@ def audio_seconds(path: str) -> float:
 
 @contextmanager
 def _one_line_errors(path: str):
+    damaged = audio_package("soundfile").LibsndfileError
     try:
         yield
-    # RuntimeError: soundfile.LibsndfileError; TypeError: .raw files without header; MemoryError: a damaged header that
-    # claims hours of audio
-    except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:
+    # TypeError: .raw files without header; MemoryError: a damaged header that claims hours of audio
+    except (OSError, TypeError, ValueError, MemoryError, damaged) as error:
         reason = " ".join(str(error).replace(f"Error opening {path!r}: ", "").split()) or type(error).__name__
         raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove this clip") from None

@@ -76,9 +76,9 @@ def setup_distributed(timeout: timedelta = timedelta(minutes=30)) -> tuple[int, 
 def choose_kernels() -> None:
     """Turn off kernels of cuDNN that torch would use on a GPU. Training, evaluation and benchmarks call this first.
 
-    cuDNN's attention returns NaN gradients if there is a mask, the number of keys is 64 modulo 128, and a query's
-    scores are all below -88.7 (github.com/pytorch/pytorch/issues/196678). It also plans each new shape for 0.1 to 2 s,
-    and nearly every step has a new shape. Both were seen on an H200 with torch 2.11: bench_results/.
+    cuDNN's attention returns NaN gradients if there is a mask, the number of keys is 64 modulo 128, and the logsumexp
+    of a query's scores is below -88.7 (github.com/pytorch/pytorch/issues/196678). It also plans most new shapes for
+    0.1 s or more, and nearly every step has a new shape. Both were seen on an H200 with torch 2.11: docs/speed.md.
     cuDNN's convolutions would round float32 to TF32, which has 10 bits.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -39,8 +39,8 @@ class GroupDecoder:
     ):
         """Prepare to decode max_new_tokens tokens for each completion.
 
-        prompts, prompt_tokens: the most of both that will come, if known. More of them are possible, but then memory
-        is allocated again, and all graphs are recorded again.
+        prompts, prompt_tokens: the largest numbers expected, if known. Larger ones work, but then memory is allocated
+        again, and all graphs are recorded again.
         """
         self.model, self.group_size, self.max_new_tokens = model, group_size, max_new_tokens
         self.prompts, self.prompt_tokens = prompts, prompt_tokens
@@ -54,13 +54,13 @@ class GroupDecoder:
         """Begin the completions of new prompts.
 
         cache: keys and values of each layer, [B, P, key-value heads, D] each. prompt_mask: [B, P], 0 for the padding
-        on the left. If memory is allocated for more prompts, the missing ones are as if all of their tokens were
-        padding.
+        on the left. If memory is allocated for more prompts, the unused rows are prompts of padding only.
         """
         prompts, tokens = prompt_mask.shape
         self.prompt_slots, self.decoded = _round_up(tokens, PROMPT_SLOTS), 0
+        self.prompts, self.prompt_tokens = max(prompts, self.prompts), max(tokens, self.prompt_tokens)
         if prompts > self.is_prompt.shape[0] or self.prompt_slots > self.is_prompt.shape[1]:
-            self._allocate(cache, max(prompts, self.prompts), _round_up(max(tokens, self.prompt_tokens), PROMPT_SLOTS))
+            self._allocate(cache, self.prompts, _round_up(self.prompt_tokens, PROMPT_SLOTS))
         for stored, new in zip(self.prompt_cache, cache):
             for to, tensor in zip(stored, new):
                 to.zero_()  # masked slots have weight 0, and 0 times an earlier NaN would be NaN
@@ -138,9 +138,8 @@ class GroupDecoder:
         scores = torch.cat([to_prompt, to_own], dim=-1)
         weights = torch.add(bias, scores, alpha=queries.shape[-1] ** -0.5).softmax(dim=-1).to(queries.dtype)
         from_prompt, from_own = weights.split([to_prompt.shape[-1], own_slots], dim=-1)
-        attended = product(from_own.transpose(1, 2).flatten(0, 1), own_values).unflatten(
-            0, groups
-        )  # [B, G, heads, ...]
+        # What they find: [B, G, heads, each, D] each.
+        attended = product(from_own.transpose(1, 2).flatten(0, 1), own_values).unflatten(0, groups)
         shared = product(from_prompt.flatten(2, 3), prompt[1]).unflatten(2, (self.group_size, -1)).transpose(1, 2)
         return (attended + shared).to(queries.dtype).flatten(2).flatten(0, 1)
 
@@ -148,8 +147,8 @@ class GroupDecoder:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices, [X, Y, ...] each, in at least float32. A product in bfloat16 would round its result to 8 bits.
 
-    Rounded scores would change attention weights by up to 4% at scores of 60, and the sampler would be another policy
-    than the one that learns: the kernels of the other passes keep their scores in float32.
+    Rounded scores would change attention weights by up to 4% at scores of 60, and the sampler would differ from the
+    trained policy: the kernels of the other passes keep their scores in float32.
     """
     if a.is_cuda and a.dtype == torch.bfloat16:
         return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])

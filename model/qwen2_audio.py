@@ -149,12 +149,12 @@ def rotary_tables(model, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 def run_layer(layer, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend) -> Tensor:
     """Run a layer of the language model over tokens of any number of sequences, [tokens, H] -> [tokens, H].
 
-    attend(queries, keys, values) must return what the queries find, [tokens, heads * D]. It gets [tokens, heads, D]
-    each, with the rotary embedding of rotary_tables.
+    attend(queries, keys, values) returns the attention outputs, [tokens, heads * D]. It gets [tokens, heads, D] each,
+    with the rotary embedding of rotary_tables.
 
     Sampling, reference pass and training pass all use this function, so that all three round alike. In bfloat16, other
-    kernels would make the sampler another policy than the one that learns. On a GPU, it launches a third of the kernels
-    that the layer's own forward does.
+    kernels would make the sampler differ from the trained policy. It also launches fewer kernels than the layer's own
+    forward: most GPU time of a short step is launching.
     """
     attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)

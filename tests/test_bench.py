@@ -40,7 +40,7 @@ def test_step(on_the_tiny_model, monkeypatch, capsys):
         for way in ("plain", "ours"):
             assert [list(seconds) for seconds in clip["rounds"][way]] == 2 * [list(speed.PHASES)]
             assert all(seconds > 0 for times in clip["rounds"][way] for seconds in times.values())
-        assert 0 < clip["beside_gb"]["ours"] < clip["beside_gb"]["plain"]
+        assert 0 < 1.5 * clip["beside_gb"]["ours"] < clip["beside_gb"]["plain"]
     assert printed.count("plain / ours") == 2
 
 

@@ -1,4 +1,4 @@
-"""Part `card` of bench.py gpu: its attention is what it says, and NaN gradients are found."""
+"""Part `card` of bench.py gpu: its attention inputs are as described, and NaN gradients are found."""
 
 import pytest
 import torch

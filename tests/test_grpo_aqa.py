@@ -1,5 +1,6 @@
 """Rewards, advantages and loss against plain loops and finite differences; variants of the loss; the loop."""
 
+import copy
 import json
 import math
 from contextlib import nullcontext
@@ -10,7 +11,17 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from data import Question
-from grpo_aqa import Rollout, accumulate_gradients, group_advantages, grpo_loss, loss_length, score_completions
+from grpo_aqa import (
+    Rollout,
+    accumulate_gradients,
+    group_advantages,
+    grpo_loss,
+    loss_length,
+    make_rollouts,
+    score_completions,
+)
+from model.qwen2_audio import slice_prompt
+from policy import data_parallel, encode_prompts, sample_group
 
 # ---- rewards and advantages ----
 
@@ -275,11 +286,41 @@ def test_constant_length_without_deviation_is_the_plain_policy_gradient(exact):
             assert logprobs.grad[i, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
+# ---- the sampler's log-probs ----
+
+
+def test_the_sampler_gap_is_only_rounding(one_rank, tiny, questions):
+    """In two parts, with completions of different lengths, at the temperature of sampling and no other."""
+    model, prompt = copy.deepcopy(tiny[0]), encode_prompts(tiny[1], questions, "answer")
+    stops = list(range(0, model.config.text_config.vocab_size, 3))
+    completions, mask, sampled = sample_group(model, prompt, 4, 6, 0.7, stops, torch.Generator().manual_seed(0))
+    assert not mask.all() and (sampled[~mask] == 0).all() and (sampled[mask] < 0).all()
+    ddp_policy, gaps = data_parallel(model, slice_prompt(prompt, 0, 1), False), []
+    for temperature in (0.7, 1.0):
+        rollouts = make_rollouts(
+            model, None, prompt, completions, mask, torch.ones(16),
+            parts=2, temperature=temperature, keep_old=False, sampled_logprobs=sampled,
+        )  # fmt: skip
+        stats = accumulate_gradients(
+            ddp_policy, rollouts, temperature=temperature, clip_low=0.2, clip_high=0.2, beta=0.0
+        )
+        gaps.append(stats["sampler_gap"])
+    assert gaps[0] < 1e-5 < 0.01 < gaps[1]
+
+
 # ---- the loop ----
 
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_sampler_gap_in_the_metrics_is_that_before_any_update(runs, forker):
+    flags = ["--model=base", "--data=questions.jsonl", "--steps=2", "--prompts_per_rank=4", "--max_new_tokens=8",
+             "--lr=1e-2", "--updates_per_rollout=2", "--out=gap"]  # fmt: skip
+    done = forker.run(runs, ["grpo_aqa.py", *flags])
+    assert done.returncode == 0, done.stderr
+    assert all(0 < m["sampler_gap"] < 1e-5 < abs(m["kl"]) for m in metrics(runs / "gap")[1:])
 
 
 def test_the_learning_rate_decays_linearly_to_zero(runs):

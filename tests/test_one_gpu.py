@@ -159,7 +159,7 @@ def test_all_parts_on_the_cpu(tmp_path):
         "floor / decode step, graphs on",
         "decode step: kernel 12",
         "train, accumulation steps 1, checkpointing off",
-        "both passes: kernel 12",
+        "both passes, accumulation steps 1, checkpointing on: kernel 12",
         "plain / ours, clips of 30 s",
         "update: AdamW",
     ):

@@ -33,7 +33,7 @@ from infra.processes import (
 
 
 @pytest.mark.parametrize("start", [setup_distributed, bench.main])
-def test_cudnns_attention_is_off_before_anything_runs(monkeypatch, start):
+def test_cudnns_attention_and_tf32_are_off_before_anything_runs(monkeypatch, start):
     """In training and evaluation, which join the ranks first, and in benchmarks."""
 
     class Chosen(Exception):
@@ -44,12 +44,13 @@ def test_cudnns_attention_is_off_before_anything_runs(monkeypatch, start):
         raise Chosen
 
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
     for module in (processes, bench):
         monkeypatch.setattr(module, "choose_kernels", stop)
     monkeypatch.setattr("sys.argv", ["bench.py", "memory"])
     with pytest.raises(Chosen):
         start()
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
 
 
 def wait_long(rank, start_line, port, folder):

@@ -4,7 +4,7 @@ grpo_aqa.train and sft_aqa.train use one Run object:
 
     run.load_policy()           load the policy and its processor
     run.first_prompt()          encode one question, for the warm-up of DistributedDataParallel
-    run.longest_prompt()        tokens of the longest prompt, for the decoder's memory
+    run.longest_prompt()        bound on the tokens of any prompt, for the decoder's memory
     run.start(...)              make the run folder, or restore the state to resume from
     run.steps()                 the steps that are left; ends early after SIGTERM
     run.next_batch()            this rank's questions of the step, encoded ahead by a thread
@@ -127,7 +127,7 @@ class Run:
         return policy, processor
 
     def longest_prompt(self) -> int:
-        """Return an upper bound of the tokens of the longest prompt: the longest text beside the longest clip."""
+        """Bound the tokens of any prompt: those of the longest text plus those of the longest clip."""
         texts = [build_prompt(question, self.args.template) for question in self.questions]
         text_tokens = max(map(len, self.processor.tokenizer(texts)["input_ids"]))
         return text_tokens + MARKUP_TOKENS + math.ceil(TOKENS_PER_SECOND * self.longest_clip)

@@ -130,6 +130,11 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
                 remove(unfinished)
         for earlier in step_folders(out / "resume")[:-1] if state else []:
             remove(earlier)
+        newer = [folder for folder in step_folders(out) if state and step_of(folder) > step_of(state)]
+        for folder in newer:
+            remove(folder)
+        if newer:
+            print(f"{out}: removed checkpoints newer than the state: {', '.join(folder.name for folder in newer)}")
         _require_disk_space(out, policy)
         if state:
             _continue_run(out, config, state)
@@ -170,15 +175,11 @@ def _start_run(out: Path, config: dict) -> None:
 
 
 def _continue_run(out: Path, config: dict, state: Path) -> None:
-    """Bring the run folder back to the step of `state`."""
-    later = [folder for folder in step_folders(out) if step_of(folder) > step_of(state)]
-    for folder in later:
-        remove(folder)
+    """Cut the run's logs back to the step of `state`."""
     for name in ("metrics.jsonl", "completions.jsonl"):
         cut_jsonl(out / name, step_of(state))
     _write_config(out, config | {"bad_clips_met": _read_config(out).get("bad_clips_met", {})})
-    removed = f"; removed newer checkpoints: {', '.join(folder.name for folder in later)}" if later else ""
-    print(f"{out}: resuming after step {step_of(state)}{removed}", flush=True)
+    print(f"{out}: resuming after step {step_of(state)}", flush=True)
 
 
 def _write_config(out: Path, config: dict) -> None:
@@ -206,7 +207,8 @@ def note_bad_clips(out: Path, step: int, met: dict[str, str]) -> None:
 def save_state(out: Path, progress: dict, optimizer, generator: torch.Generator, first=lambda: None) -> None:
     """Write the state after progress["step"], then remove the earlier state. All ranks call this.
 
-    Rank 0 calls first() before it writes its file. The other ranks write their files meanwhile.
+    Rank 0 calls first() before it writes its file. The other ranks write their files meanwhile. An error in first() or
+    in any rank's file ends all ranks (see processes.finish_together).
 
     progress: JSON values that the run needs back. Each rank writes one file: its share of the optimizer's state by
     parameter name, the state of the generator that it samples with, and the states of torch's default generators, which
