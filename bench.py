@@ -7,7 +7,7 @@
     python bench.py train              reference and training pass: model FLOP utilization
     python bench.py eval               seconds of an evaluation, and of the plain loop over the same questions
     python bench.py scale              seconds of a step for other group sizes, clip and completion lengths, prompts
-    python bench.py gpu                on one H100 or H200: all of this and more, in parts, within five minutes
+    python bench.py gpu                on one H100 or H200: kernels, fidelity, memory and speed, within five minutes
 
 `memory` is about Qwen2-Audio-7B in bfloat16. With a GPU, so are the times. Without one, the times are of a model that
 is 175 times smaller, in float32.

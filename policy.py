@@ -220,12 +220,10 @@ def completion_logprobs(
     prompt_hidden = embed_prompt(model, prompt, checkpointing)  # [B, P, H]
     own_hidden = model.get_input_embeddings()(completions[:, :-1])  # [N, T - 1, H]: the last token predicts nothing
     (shape, own_shape), dtype = (prompt_hidden.shape[:2], own_hidden.shape[:2]), prompt_hidden.dtype
-    prompt_mask = prompt["attention_mask"]
-    all_tokens = torch.cat(
-        [prompt_mask.repeat_interleave(group_size, dim=0), mask[:, :-1].to(prompt_mask.dtype)], dim=1
-    )
+    prompt_mask = prompt["attention_mask"].bool()
+    whole_mask = torch.cat([prompt_mask.repeat_interleave(group_size, dim=0), mask[:, :-1]], dim=1)  # [N, P + T - 1]
     positions, causal = positions_and_mask(prompt_mask, shape[1], dtype)
-    own_positions, own_causal = positions_and_mask(all_tokens, own_shape[1], dtype)
+    own_positions, own_causal = positions_and_mask(whole_mask, own_shape[1], dtype)
     rotary = rotary_tables(model, torch.cat([positions.flatten(), own_positions.flatten()]), dtype)
 
     def split(tensor: Tensor) -> tuple[Tensor, Tensor]:

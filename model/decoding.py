@@ -138,7 +138,7 @@ class GroupDecoder:
         scores = torch.cat([to_prompt, to_own], dim=-1)
         weights = torch.add(bias, scores, alpha=queries.shape[-1] ** -0.5).softmax(dim=-1).to(queries.dtype)
         from_prompt, from_own = weights.split([to_prompt.shape[-1], own_slots], dim=-1)
-        # What they find: [B, G, heads, each, D] each.
+        # Weighted sums of the values: [B, G, heads, each, D] each.
         attended = product(from_own.transpose(1, 2).flatten(0, 1), own_values).unflatten(0, groups)
         shared = product(from_prompt.flatten(2, 3), prompt[1]).unflatten(2, (self.group_size, -1)).transpose(1, 2)
         return (attended + shared).to(queries.dtype).flatten(2).flatten(0, 1)
