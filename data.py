@@ -170,7 +170,7 @@ def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[lis
             problems.append(f"{place}: has the id {_shown(question.id)}, the same as {first}; give it another id")
             continue
         if question.answer is not None and question.answer not in question.choices:
-            if "audio_id" in record:
+            if "audio_id" in _present(record):
                 odd.append(place)  # MMAU's own rule does not need it; a published benchmark is scored as it is
             else:
                 answer, choices = _shown(question.answer), _shown(question.choices)
@@ -204,6 +204,7 @@ def digest(questions: list[Question]) -> str:
 
 def parse_record(record: dict, place: str, folder: str) -> Question:
     """Parse one record of any format. Relative audio paths start from `folder`. Raises InputError."""
+    record = _present(record)
     if "multi_choice" in record:  # AVQA, R1-AQA
         question = _text(record, "question_text", place).replace("video", "audio")  # as in the paper's code
         choices = _choices(record, "multi_choice", place)
@@ -252,8 +253,13 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
     return parsed
 
 
+def _present(record: dict) -> dict:
+    """Return the fields that a record has. Tables write null, or NaN, which differs from itself, for the others."""
+    return {name: value for name, value in record.items() if value is not None and value == value}
+
+
 def _label(record: dict, key: str) -> str | None:
-    return None if record.get(key) is None else str(record[key])
+    return str(record[key]) if key in record else None
 
 
 def _text(record: dict, key: str, place: str) -> str:

@@ -101,6 +101,18 @@ def test_withheld_answer(tmp_path, record, withheld, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("record", [PLAIN, MMAU, R1_AQA, AVQA], ids=["plain", "MMAU", "R1-AQA", "AVQA"])
+@pytest.mark.parametrize("absent", [None, float("nan")])
+def test_null_and_nan_are_absent(tmp_path, record, absent):
+    """Tables have every column in every record, also those of another format."""
+    fields = {"id", "task", "difficulty", "sub-category", *PLAIN, *MMAU, *R1_AQA, *AVQA} - record.keys()
+    lines = [record | dict.fromkeys(fields, absent), record | {"id": absent}, {**record, "id": "x"}]
+    found = load(tmp_path, *map(json.dumps, lines))
+    without = ({k: v for k, v in line.items() if v is not None and v == v} for line in lines)
+    expected = load(tmp_path, *map(json.dumps, without))
+    assert found == expected and [q.id for q in found[1:]] == [found[1].place, "x"]
+
+
 def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
     """It is kept as published, and counted in one printed line."""
     write_clip(tmp_path / "a.wav")
