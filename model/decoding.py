@@ -54,16 +54,17 @@ class GroupDecoder:
         """Begin the completions of new prompts.
 
         cache: keys and values of each layer, [B, P, key-value heads, D] each. prompt_mask: [B, P], 0 for the padding
-        on the left. If memory is allocated for more prompts, the unused rows are prompts of padding only.
+        on the left. If memory is allocated for more prompts, the other rows are masked, and `step` drops their results.
         """
         prompts, tokens = prompt_mask.shape
         self.prompt_slots, self.decoded = _round_up(tokens, PROMPT_SLOTS), 0
         self.prompts, self.prompt_tokens = max(prompts, self.prompts), max(tokens, self.prompt_tokens)
-        if prompts > self.is_prompt.shape[0] or self.prompt_slots > self.is_prompt.shape[1]:
-            self._allocate(cache, self.prompts, _round_up(self.prompt_tokens, PROMPT_SLOTS))
+        size = self.prompts, _round_up(self.prompt_tokens, PROMPT_SLOTS)
+        if self.is_prompt.shape != size:
+            self._allocate(cache, *size)
         for stored, new in zip(self.prompt_cache, cache):
             for to, tensor in zip(stored, new):
-                to.zero_()  # masked slots have weight 0, and 0 times an earlier NaN would be NaN
+                to[:, :, :-tokens] = 0  # masked slots have weight 0, and 0 times an earlier NaN would be NaN
                 to[:prompts, :, -tokens:] = tensor.transpose(1, 2)
         for stored in self.completion_cache:
             for to in stored:
