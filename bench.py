@@ -121,7 +121,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"bench.py: error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("bench.py: error: these settings need more memory than this GPU has")

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,10 +23,11 @@ import numpy as np
 from infra.audio import load_audio as load_audio  # part of this file's interface
 from infra.errors import InputError, list_problems
 from infra.files import kind_of_file
+from reward import spelled
 
 AUDIO_TOKEN = "<|AUDIO|>"  # the chat markup puts the clip in its place
 
-# The paper's released checkpoints were trained with exactly these texts. {choices} is the repr of a Python list.
+# The paper's released checkpoints were trained with exactly these texts. {choices} looks like a Python list.
 _OPTIONS = "{question} Please choose the answer from the following options: {choices}."
 TEMPLATES = {
     "direct": _OPTIONS,
@@ -58,17 +59,27 @@ def build_prompt(question: Question, template: str) -> str:
     """Return the user's text for a question, without chat markup. Raises InputError for an unknown template."""
     if template not in TEMPLATES:
         raise InputError(f"unknown template {template!r}; choose from {', '.join(TEMPLATES)}")
-    return TEMPLATES[template].format(question=question.question, choices=question.choices)
+    return TEMPLATES[template].format(question=question.question, choices=_shown_choices(question.choices))
+
+
+def _shown_choices(choices: list[str]) -> str:
+    """Format choices like the repr of a Python list, but each text as the answer has to be written.
+
+    repr would escape some characters, such as a backslash, a line end or a zero-width joiner.
+    """
+    quotes = (repr(choice)[0] for choice in choices)
+    return f"[{', '.join(quote + choice + quote for quote, choice in zip(quotes, choices))}]"
 
 
 def target_text(answer: str, template: str) -> str:
     """Return the right completion: the bare answer for template `direct`, <answer>...</answer> for `answer`.
 
+    White space around the answer is left out, as in the rewards.
     Raises InputError for `think`: question files have no thoughts to learn from.
     """
     if template == "think":
         raise InputError("template 'think' has no target to imitate: question files have answers without thoughts")
-    return answer if template == "direct" else f"<answer>{answer}</answer>"
+    return answer.strip() if template == "direct" else f"<answer>{answer.strip()}</answer>"
 
 
 # ---- question files ----
@@ -158,7 +169,7 @@ def _parse_json(text: str):
 
 def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[list[Question], list[str]]:
     """Parse records of find_records, with audio paths relative to `folder`. List a problem for each unusable record."""
-    questions, problems, odd, places = [], [], [], {}  # places: id -> place
+    questions, problems, places = [], [], {}  # places: id -> place
     for place, record in records:
         try:
             question = parse_record(record, place, folder)
@@ -169,18 +180,18 @@ def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[lis
         if first != place:
             problems.append(f"{place}: has the id {_shown(question.id)}, the same as {first}; give it another id")
             continue
-        if question.answer is not None and question.answer not in question.choices:
-            if "audio_id" in _present(record):
-                odd.append(place)  # MMAU's own rule does not need it; a published benchmark is scored as it is
-            else:
-                answer, choices = _shown(question.answer), _shown(question.choices)
-                problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
-                continue
+        # A published benchmark is scored as it is: MMAU's rule does not need the answer among the choices.
+        if not ("audio_id" in _present(record) or question.answer is None or answer_is_a_choice(question)):
+            answer, choices = _shown(question.answer), _shown(question.choices)
+            problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
+            continue
         questions.append(question)
-    if odd:
-        note = f"{odd[0]}: the answer is not literally among the choices ({len(odd)} such MMAU questions; kept)"
-        print(note, file=sys.stderr)
     return questions, problems
+
+
+def answer_is_a_choice(question: Question) -> bool:
+    """Tell whether the answer is one of the choices, up to different spellings in Unicode."""
+    return spelled(question.known_answer, question.choices) in question.choices
 
 
 def _almost(question: Question) -> str:
@@ -216,7 +227,7 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
             )
         answer = choices[index]
         if "audio_path" in record:
-            audio = os.path.join(folder, _text(record, "audio_path", place))
+            audio = _clip_path(folder, _text(record, "audio_path", place))
         else:
             audio = _find_avqa_audio(_name(record, "video_name", place), folder)
     elif "audio_id" in record or "audio" in record:  # MMAU, plain
@@ -226,14 +237,12 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
         if not isinstance(answer, str | None):
             raise InputError(f"{place}: answer must be the text of one of the choices; found {_shown(answer)}")
         audio = _name(record, "audio_id", place) if "audio_id" in record else _text(record, "audio", place)
-        audio = os.path.join(folder, audio)
+        audio = _clip_path(folder, audio)
     else:
         raise InputError(
             f"{place}: not a question; expected the fields of MMAU (audio_id), R1-AQA (audio_path, multi_choice), "
             f"AVQA (video_name, multi_choice) or audio, question, choices, answer; found {_shown(sorted(record))}"
         )
-    if AUDIO_TOKEN in question or any(AUDIO_TOKEN in choice for choice in choices):
-        raise InputError(f"{place}: has {AUDIO_TOKEN}, which would stand for a second clip; take it out")
     parsed = Question(
         id=str(record.get("id", place)),
         audio=os.path.normpath(audio),
@@ -250,6 +259,11 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
     except UnicodeEncodeError as error:
         half = _shown(error.object[error.start])
         raise InputError(f"{place}: has half of a character, {half}; write the whole character") from None
+    try:
+        os.fsencode(parsed.audio)
+    except UnicodeEncodeError as error:  # in the locale C, with Python's UTF-8 mode off
+        fault = f"file names are {error.encoding} here, which cannot spell {_shown(parsed.audio)}"
+        raise InputError(f"{place}: {fault}; set PYTHONUTF8=1") from None
     return parsed
 
 
@@ -274,7 +288,7 @@ def _text(record: dict, key: str, place: str) -> str:
 def _name(record: dict, key: str, place: str) -> str:
     """Return a clip's name from a published data set. Raises InputError if it leads out of the audio folder."""
     name = _text(record, key, place)
-    if Path(os.path.normpath(name)).parts[0] == "..":
+    if Path(os.path.normpath(name.replace("\\", "/"))).parts[0] == "..":
         raise InputError(f"{place}: {key} {_shown(name)} leaves the audio folder; take the .. out, or use --audio_dir")
     return name
 
@@ -286,11 +300,21 @@ def _choices(record: dict, key: str, place: str) -> list[str]:
     return choices
 
 
+def _clip_path(folder: str, name: str) -> str:
+    """Return the path of a clip. If it does not exist, try \\ as / (Windows) and the other forms of Unicode (macOS)."""
+    slashes = name.replace("\\", "/")
+    spellings = dict.fromkeys([name, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))])
+    paths = [os.path.join(folder, spelling) for spelling in spellings]
+    if len(paths) == 1:  # nearly all names, and a look at the disk takes time
+        return paths[0]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def _find_avqa_audio(video_name: str, folder: str) -> str:
     """Return the path of an AVQA video's audio, under VGGSound's name (ID_000030) or the paper authors' (ID_30)."""
     stem, _, second = video_name.rpartition("_")
     names = [video_name] + ([f"{stem}_{int(second)}"] if stem and re.fullmatch(r"[0-9]{1,9}", second) else [])
-    paths = [os.path.join(folder, name + suffix) for name in names for suffix in (".wav", ".flac", ".ogg", ".mp3")]
+    paths = [_clip_path(folder, name + suffix) for name in names for suffix in (".wav", ".flac", ".ogg", ".mp3")]
     return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 

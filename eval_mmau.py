@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from evaluation.predictions import (
     identify_questions,
     is_done,
     journal_path,
+    own_fields,
     predictions_path,
     with_answers,
     write_predictions,
@@ -41,6 +43,7 @@ from evaluation.scores import compare
 from infra.errors import InputError
 from infra.files import free_bytes, writing
 from infra.flags import ON_OFF, Parser
+from infra.ownership import OWNER, owning
 from infra.processes import (
     SharedInputError,
     finish_together,
@@ -60,7 +63,7 @@ from model.checkpoints import (
     save_checkpoint,
 )
 from model.lora import is_adapter
-from training.preflight import bad_audio_report, check_context, digest_clips, heard_seconds, long_clips_note
+from training.preflight import bad_audio_report, check_texts, digest_clips, heard_seconds, long_clips_note
 from training.run_folder import step_folders, step_of
 
 MMAU = "data/MMAU/mmau-test-mini.json"
@@ -176,9 +179,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     templates = on_rank_0(lambda: choose_templates(args.template, checkpoints))
     digests, errors, seconds = read_clips(questions, args.skip_bad_audio)
     usable = {i: question for i, question in enumerate(questions) if i not in errors}
-    for checkpoint in checkpoints:
-        asked, template = list(usable.values()), templates[checkpoint]
-        on_rank_0(lambda: check_context(checkpoint, asked, template, args.max_new_tokens))
+    for template in set(templates.values()):  # all checkpoints of a run have the same tokenizer and context
+        checkpoint = next(name for name in checkpoints if templates[name] == template)
+        asked = list(usable.values())
+        on_rank_0(lambda: check_texts(checkpoint, asked, template, args.max_new_tokens, strict=False))
     if dist.get_rank() == 0 and (text := long_clips_note(seconds, heard_seconds(checkpoints[0]))):
         print(text)
     return Plan(checkpoints, templates, records, questions, digests, errors, usable)
@@ -218,7 +222,13 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
         )
     placed = require(find_records(path))
     questions = require(find_questions_in(placed, audio_dir or os.path.dirname(path)))
-    return [record for _, record in placed[:limit]], questions[:limit]
+    found, problems = [], []
+    for place, record in placed[:limit]:
+        try:
+            found.append(own_fields(record, place))
+        except InputError as error:
+            problems.append(str(error))
+    return require((found, problems)), questions[:limit]
 
 
 def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[str | None], dict[int, str], list[float]]:
@@ -247,17 +257,32 @@ def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[st
 
 
 def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-    """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this."""
-    rank, checkpoints = dist.get_rank(), plan.checkpoints
-    changed = variants(args)
-    several = args.ablations or checkpoints != [args.ckpt]
+    """Own the predictions files, answer the questions and print tables. All ranks call this. Raises InputError."""
     outs = {}  # (checkpoint, variant) -> predictions file
-    for checkpoint in checkpoints:
-        for name, changes in changed.items():
+    for checkpoint in plan.checkpoints:
+        for name, changes in variants(args).items():
             ending = "" if args.out and not args.ablations else suffix(changes) + "_samples" * bool(args.samples)
             outs[checkpoint, name] = predictions_path(checkpoint, args.out, ending)
     on_rank_0(lambda: check_writable([*outs.values(), *([args.html] if args.html else [])]))
+    with ExitStack() as owned:
+        on_rank_0(lambda: [owned.enter_context(owning(Path(f"{out}.{OWNER}"))) for out in outs.values()])
+        answer_all(args, plan, outs, dtype, device)
 
+
+def answer_all(
+    args: argparse.Namespace,
+    plan: Plan,
+    outs: dict[tuple[str, str], str],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this.
+
+    outs: the predictions file of each (checkpoint, variant).
+    """
+    rank, checkpoints = dist.get_rank(), plan.checkpoints
+    changed = variants(args)
+    several = args.ablations or checkpoints != [args.ckpt]
     sampling = dict(samples=args.samples, temperature=args.temperature, seed=args.seed) if args.samples else {}
     names = ("max_new_tokens", "batch_size", "samples", "temperature", "seed")
     common = {name: getattr(args, name) for name in names} | {"dtype": str(dtype), "device": device.type}
@@ -288,7 +313,10 @@ def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: t
                 silence=changes["silence"], journal=(journal_path(out), settings), cuda_graph=args.cuda_graph,
                 **sampling,
             )  # fmt: skip
-            predicted = with_answers(plan.records, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples))
+            choices = [question.choices for question in plan.questions]
+            predicted = with_answers(
+                plan.records, choices, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
+            )
             on_rank_0(lambda: write_predictions(out, predicted, settings))
             results[checkpoint, name] = out
             if rank == 0 and several:
@@ -345,12 +373,13 @@ def merge_checkpoint(adapter: str, out: str, dtype: torch.dtype) -> None:
         reason = "this is a run folder; name one of its step_*" if run else "this is not the folder of an adapter"
         raise InputError(f"{adapter}: nothing to merge, {reason}")
     template = remembered_template(adapter)
-    model, processor = load_policy(adapter, dtype, torch.device("cpu"))
-    size, free = sum(p.nbytes for p in model.parameters()), free_bytes(Path(out))
-    if free < size:
-        raise InputError(f"{out}: the model takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
-    with writing(Path(out), lambda: "free some disk space, then try again"):
-        save_checkpoint(Path(out), model, processor, template)
+    with owning(Path(f"{out}.{OWNER}")):
+        model, processor = load_policy(adapter, dtype, torch.device("cpu"))
+        size, free = sum(p.nbytes for p in model.parameters()), free_bytes(Path(out))
+        if free < size:
+            raise InputError(f"{out}: the model takes {size / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free")
+        with writing(Path(out), lambda: "free some disk space, then try again"):
+            save_checkpoint(Path(out), model, processor, template)
     print(f"merged model, {str(dtype)[6:]}, {size / 1e9:.2f} GB: {out}")
 
 
@@ -360,7 +389,7 @@ def main() -> int:
         try:
             print(compare(*args.compare))
             return 0
-        except InputError as error:
+        except (InputError, OSError) as error:
             print(f"eval_mmau.py: error: {error}", file=sys.stderr)
             return 1
     _, _, device = setup_distributed()

@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from data import digest, load_questions
 from infra.errors import InputError
 from infra.files import UNFINISHED, first_free, remove, write_text
 from infra.flags import Parser
+from infra.ownership import OWNER, owning
 from model.checkpoints import check_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
@@ -135,10 +137,13 @@ def run_job(job: Job) -> None:
     """Train and evaluate one row with one seed, or continue from where the job stopped. Raises JobFailed."""
     if job.args.toy:
         make_toy(job)
-    if job.folder.exists() and not job.has_same_settings():
-        earlier = first_free(lambda n: job.folder.with_name(f"{job.row.name}.earlier_{n}"))
-        job.folder.rename(earlier)
-        print(f"{job.folder} was made with other settings and has been moved to {earlier}", flush=True)
+    if job.folder.exists():
+        with owning(job.run_folder / OWNER), owning(Path(f"{job.predictions}.{OWNER}")):
+            pass  # no script of a killed reproduce.py still runs
+        if not job.has_same_settings():
+            earlier = first_free(lambda n: job.folder.with_name(f"{job.row.name}.earlier_{n}"))
+            job.folder.rename(earlier)
+            print(f"{job.folder} was made with other settings and has been moved to {earlier}", flush=True)
     record: dict = {"settings": job.settings()}
     write_text(job.record, json.dumps(record, indent=2) + "\n")
     if job.row.script:
@@ -245,7 +250,8 @@ def main() -> int:
         if signal.getsignal(ending) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(ending, interrupt)
     try:
-        return reproduce(args)
+        with nullcontext() if args.dry_run else owning(Path(args.out, OWNER)):
+            return reproduce(args)
     except (InputError, OSError) as error:  # OSError: a folder cannot be written or the disk is full
         print(f"reproduce.py: error: {error}", file=sys.stderr)
         return 1

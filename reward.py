@@ -6,15 +6,18 @@ rewards are those of the paper (arXiv 2503.11197, section 2.2). `mmau_match` is 
 """
 
 import re
+from collections.abc import Sequence
+from unicodedata import normalize
 
 
-def extract_answer(completion: str) -> str | None:
+def extract_answer(completion: str, across_lines: bool = False) -> str | None:
     """Return the stripped text of the first <answer>...</answer>, or None if there is none.
 
     As in the paper's code, both tags have to stand on one line: the `.` of its expression for answers does not match a
-    newline. Searching line by line gives the same result, in time linear in the length of the text.
+    newline. Searching line by line gives the same result, in time linear in the length of the text. With
+    `across_lines`, the tags may stand on different lines.
     """
-    for line in completion.split("\n"):
+    for line in [completion] if across_lines else completion.split("\n"):
         _, opened, rest = line.partition("<answer>")
         content, closed, _ = rest.partition("</answer>")
         if opened and closed:
@@ -22,19 +25,33 @@ def extract_answer(completion: str) -> str | None:
     return None
 
 
-def prediction(completion: str) -> str:
-    """Return what a completion answers: the extracted answer, or the whole stripped text if there is none."""
-    extracted = extract_answer(completion)
-    return completion.strip() if extracted is None else extracted
+def prediction(completion: str, choices: Sequence[str] = ()) -> str:
+    """Return what a completion answers: the extracted answer, or the whole stripped text if there is none.
+
+    If this text is one of `choices`, return the choice as it is spelled there: Unicode has several spellings of "é".
+    The paper's expression reads one line. If a choice has several lines, the answer is read across lines.
+    """
+    extracted = extract_answer(completion, across_lines=any("\n" in choice.strip() for choice in choices))
+    return spelled(completion.strip() if extracted is None else extracted, choices)
+
+
+def spelled(text: str, choices: Sequence[str]) -> str:
+    """Return the choice that is this text up to different spellings in Unicode, or the text itself if there is none."""
+    return next((choice for choice in choices if composed(choice) == composed(text)), text)
+
+
+def composed(text: str) -> str:
+    """Return the stripped text in Unicode's NFC. Qwen's tokenizer brings all text into this form."""
+    return normalize("NFC", text.strip())
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
-    """Return 1.0 if the prediction is exactly `answer`, else 0.0.
+    """Return 1.0 if the prediction is exactly `answer` (in NFC), else 0.0.
 
     The paper's code also calls math_verify, which compares formulas. It is left out here: on the questions of MMAU and
     MMAR it rewards 15 wrong choices ("1:3" for "1:1") and no right choice that the exact comparison misses.
     """
-    return float(prediction(completion) == answer.strip())
+    return float(prediction(completion, [answer]) == answer)
 
 
 def format_reward(completion: str, template: str) -> float:
@@ -84,11 +101,6 @@ def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
     said, right = _words(prediction), _words(answer)
     wrong_only = set().union(*map(_words, choices)) - right
     return bool(said) and right <= said and not said & wrong_only
-
-
-def guessing(all_choices: list[list[str]]) -> float:
-    """Return the expected accuracy of random guessing, given the choices of each question."""
-    return sum(1 / len(choices) for choices in all_choices) / len(all_choices)
 
 
 def _words(text: str) -> set[str]:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from data import Question, load_questions
 from evaluation.contact_sheet import CLIPS, draw_contact_sheet, pick
-from infra.errors import InputError
+from infra.errors import InputError, list_problems
 from infra.files import check_folder
 from infra.flags import Parser
-from training.preflight import load_checked, long_clips_note
-from training.toy_model import FOLDER, HEARD_SECONDS, MEL_BINS, STEPS, make_base, make_world, paths
+from infra.ownership import OWNER, owning
+from training.preflight import load_checked, long_clips_note, special_tokens_in
+from training.toy_model import FOLDER, HEARD_SECONDS, MEL_BINS, SPECIAL_TOKENS, STEPS, make_base, make_world, paths
 
 
 def draw_examples(questions: list[Question], out: Path, seed: int) -> None:
@@ -79,9 +80,12 @@ def main() -> None:
         raise InputError(f"{args.out}: exists already; name a new folder with --out, or remove it")
     check_folder(Path(args.out))
     checked = load_checked(args.questions, args.audio_dir, args.skip_bad_audio, decode=True)
+    if problems := special_tokens_in(checked.questions, SPECIAL_TOKENS):
+        raise InputError(list_problems(problems))
     if note := long_clips_note(checked.seconds.values(), HEARD_SECONDS):
         print(note, flush=True)
-    make_base(checked.questions, Path(args.out), args.seed, args.steps, args.random_answers)
+    with owning(Path(f"{args.out}.{OWNER}")):
+        make_base(checked.questions, Path(args.out), args.seed, args.steps, args.random_answers)
     print(f"base model: {args.out}")
 
 

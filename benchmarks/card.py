@@ -56,7 +56,7 @@ def card_part(tiny: bool, save) -> None:
 def driver() -> str | None:
     """Return the version of NVIDIA's driver."""
     file = Path("/proc/driver/nvidia/version")
-    found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text()) if file.exists() else None
+    found = re.search(r"\d+\.\d+(\.\d+)?", file.read_text(encoding="utf-8")) if file.exists() else None
     return found[0] if found else None
 
 

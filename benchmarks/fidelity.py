@@ -236,7 +236,7 @@ def resumed_run() -> Iterator[tuple[str, Any]]:
         folder = Path(name)
         clips = [question.audio for question in make_questions(folder, 4, [0.4, 1.0])]
         records = [QUESTION | {"audio": clip, "answer": QUESTION["choices"][i % 2]} for i, clip in enumerate(clips)]
-        (folder / "questions.json").write_text(json.dumps(records))
+        (folder / "questions.json").write_text(json.dumps(records), encoding="utf-8")
         questions = load_questions(str(folder / "questions.json"))
         toy_model.make_base(questions, folder / "base", steps=45, random_answers=1.0)  # then some rewards differ
         undisturbed = train_toy(folder, "undisturbed", Run)
@@ -253,5 +253,5 @@ def train_toy(folder: Path, name: str, kind: type[Run], *switches: str) -> list[
     args = parse_args([*flags.split(), f"--save_every={SAVED}", "--max_new_tokens=8", *switches])
     with only_rank() as device:
         train(args, kind(args, "GRPO", device))
-    steps = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines()[SAVED:])
+    steps = map(json.loads, (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[SAVED:])
     return [{key: step[key] for key in step if "seconds" not in key and key != "peak_memory_gb"} for step in steps]

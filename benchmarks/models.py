@@ -226,7 +226,7 @@ def machine_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")  # on Linux, platform knows only the architecture
-    models = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.M) if info.exists() else []
+    models = re.findall(r"^model name\s*: (.+)$", info.read_text(errors="replace"), re.M) if info.exists() else []
     name = models[0] if models else platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
 

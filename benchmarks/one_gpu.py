@@ -73,7 +73,7 @@ def run_part(name: str, tiny: bool, folder: Path) -> bool:
             os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
         process.kill()
         process.join()
-    result = {"error": UNFINISHED, "values": {}} | (json.loads(path.read_text()) if path.exists() else {})
+    result = {"error": UNFINISHED, "values": {}} | (json.loads(path.read_bytes()) if path.exists() else {})
     if status == 0:
         result["error"] = None
     elif status is None:
@@ -126,7 +126,7 @@ def table(folder: Path) -> str:
         if not path.exists():
             lines.append(f"{part}: no results")
             continue
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         about = [result.get("machine", "no machine"), f"{result.get('seconds', 0):.0f} s"]
         about += [f"{name} {result[name]}" for name in ("torch", "transformers", "date") if name in result]
         lines += [f"{part}: {', '.join(about)}", *rows(result["values"])]

@@ -7,7 +7,7 @@ from statistics import median
 
 from benchmarks.models import Rank, describe, lone_rank, make_prompt, make_rank, save_results, start_result
 from benchmarks.speed import PHASES, hardware, timed_step
-from infra.files import replacing
+from infra.pictures import save_picture
 
 SIZES = {
     "group_size": (2, 4, 8, 16, 32),
@@ -95,5 +95,4 @@ def draw(curves: dict[str, list[dict]], machine: str, path: Path) -> None:
         axis.set_ylabel("seconds of a step")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(machine, fontsize=10)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=80, format="png")
+    save_picture(figure, path, dpi=80)

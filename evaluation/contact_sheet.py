@@ -4,6 +4,7 @@ import math
 import textwrap
 from collections import Counter
 from pathlib import Path
+from unicodedata import east_asian_width
 
 import numpy as np
 from transformers import WhisperFeatureExtractor
@@ -12,7 +13,8 @@ from transformers.audio_utils import hertz_to_mel
 from data import Question
 from infra.audio import SAMPLE_RATE, load_audio
 from infra.errors import InputError
-from infra.files import replacing
+from infra.pictures import save_picture
+from reward import spelled
 
 CLIPS, COLUMNS = 8, 4
 LINE, LINES, CHOICES = 38, 3, 6  # at most: characters in a line, lines of a question, choices shown
@@ -49,16 +51,23 @@ def bin_of(hertz: np.ndarray, mel_bins: int) -> np.ndarray:
     return np.asarray(hertz_to_mel(hertz, "slaney") / hertz_to_mel(SAMPLE_RATE / 2, "slaney") * (mel_bins + 1) - 1)
 
 
+def wrap(text: str, width: int, count: int) -> list[str]:
+    """Break a text into at most `count` lines of `width` letters. A Chinese character is as wide as two letters."""
+    # textwrap takes \v for a space: Chinese has none, and lines may end after every character.
+    spaced = "".join(c + "\v" * (east_asian_width(c) in "WF") for c in " ".join(text.split()))
+    lines = textwrap.wrap(spaced, width, max_lines=count, placeholder=" …", replace_whitespace=False)
+    return [line.replace("\v", "") for line in lines]
+
+
 def lines_of(question: Question) -> list[tuple[str, str, str]]:
     """Return the lines of text above a clip, each with color and weight. The right answer is always among them."""
-    asked = textwrap.wrap(question.question, LINE, max_lines=LINES, placeholder=" …")
-    lines = [(line, "black", "bold") for line in asked]
-    choices = question.choices[:CHOICES]
-    if question.answer is not None and question.answer not in choices:  # MMAU's answer may be none of the choices
-        choices = [*question.choices[: CHOICES - 1], question.answer]
+    lines = [(line, "black", "bold") for line in wrap(question.question, LINE, LINES)]
+    choices, answer = question.choices[:CHOICES], question.answer and spelled(question.answer, question.choices)
+    if answer is not None and answer not in choices:  # MMAU's answer may be none of the choices
+        choices = [*question.choices[: CHOICES - 1], answer]
     for choice in choices:
-        shown = textwrap.shorten(choice, LINE - 4, placeholder=" …") or choice[: LINE - 4]
-        right = choice == question.answer
+        shown = "".join(wrap(choice, LINE - 4, 1))
+        right = choice == answer
         lines.append((f"{'✓' if right else '–'} {shown}", RIGHT if right else "dimgray", "bold" if right else "normal"))
     left_out = sum(choice not in choices for choice in question.choices)
     lines += [(f"   and {left_out} more", "dimgray", "normal")] * (left_out > 0)
@@ -98,7 +107,6 @@ def draw_contact_sheet(path: Path, questions: list[Question], mel_bins: int, sec
             axis.xaxis.label.set_fontsize(8)
             axis.yaxis.label.set_fontsize(8)
     try:
-        with replacing(path) as unfinished:
-            figure.savefig(unfinished, dpi=110, format="png")
+        save_picture(figure, path, dpi=110)
     except OSError as error:
         raise InputError(f"{path}: the picture cannot be written ({error}); name another file with --out") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from evaluation.scores import majority_vote
 from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
+from infra.ownership import require_ownership
 from model.lora import adapter_base, is_adapter
 from reward import prediction
 
@@ -34,19 +35,36 @@ def predictions_path(checkpoint: str, out: str | None = None, suffix: str = "") 
     return stem + suffix + extension
 
 
+def own_fields(record: dict, place: str) -> dict:
+    """Return a record of a question file without the keys that with_answers has added to it in an earlier evaluation.
+
+    Raises InputError if the record is not from a predictions file but has one of these keys: with_answers would
+    overwrite the user's own data.
+    """
+    taken = [key for key in ADDED if key in record]
+    if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
+        raise InputError(
+            f"{place}: has the field {taken[0]!r}, which predictions files use; give the field another name"
+        )
+    return {key: value for key, value in record.items() if key not in taken}
+
+
 def with_answers(
-    records: list[dict], answers: dict[int, list[str]], errors: dict[int, str], sampled: bool
+    records: list[dict],
+    choices: list[list[str]],
+    answers: dict[int, list[str]],
+    errors: dict[int, str],
+    sampled: bool,
 ) -> list[dict]:
     """Return the records with the keys that a predictions file adds.
 
-    answers: each question's completions by the question's index; errors: why a question has none. If `sampled`, the
-    prediction is the majority vote of the completions.
+    choices: of each record's question. answers: each question's completions by the question's index; errors: why a
+    question has none. If `sampled`, the prediction is the majority vote of the completions.
     """
     predicted = []
     for i, record in enumerate(records):
-        record = {key: value for key, value in record.items() if key not in ADDED}  # from an earlier predictions file
         completions = answers.get(i, [""])
-        answer = majority_vote([prediction(text) for text in completions]) if sampled else prediction(completions[0])
+        answer = majority_vote([prediction(text, choices[i]) for text in completions])
         record = record | {"model_prediction": answer, "model_output": answer, "completion": completions[0]}
         if sampled:
             record["samples"] = completions if i in answers else []
@@ -142,6 +160,7 @@ def read_journal(path: str, settings: dict, num_questions: int, samples: int) ->
     `num_questions` questions. A torn or damaged line is cut off, with everything after it. A journal with other
     settings is renamed to path.old and a new one is started, as if there were none.
     """
+    require_ownership()
     header = json.dumps(settings, sort_keys=True)
     try:
         *lines, _ = Path(path).read_bytes().split(b"\n")  # text after the last line end is a torn line

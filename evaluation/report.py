@@ -17,6 +17,8 @@ from evaluation.scores import (
     accuracy_table,
     align,
     discordant,
+    exact_figures,
+    guessing,
     in_order,
     is_right,
     mcnemar_exact,
@@ -32,8 +34,9 @@ from evaluation.scores import (
 from evaluation.web_page import escape as _e
 from evaluation.web_page import web_page
 from infra.errors import InputError
-from infra.files import replacing, write_text
-from reward import guessing, prediction
+from infra.files import write_text
+from infra.pictures import save_picture
+from reward import prediction, spelled
 
 TASKS = ("sound", "music", "speech")  # MMAU's; each has a column even if there are no such questions
 
@@ -60,12 +63,13 @@ def checkpoint_report(
     elif scored:
         lines += [f"majority vote of {samples} samples"] if samples else []
         lines.append(accuracy_table(asked, correct["plain"]))
-        chance = guessing([question.choices for question in asked])
-        lines.append(f"guessing would score {percent(chance, 1)}{note}")
+        lines.append(f"guessing would score {percent(guessing(asked), 1)}{note}")
         if samples:
             texts = [record["samples"] or [""] * samples for record in plain]
-            sampled = [right(lambda i: prediction(texts[i][k])) for k in range(samples)]
+            sampled = [right(lambda i: prediction(texts[i][k], questions[i].choices)) for k in range(samples)]
             lines.append(samples_table(asked, [list(own) for own in zip(*sampled)], correct["plain"]))
+    said = {name: [records[i]["model_prediction"] for i in scored] for name, records in predicted.items()}
+    lines += exact_figures(asked, said)
     if len(scored) < len(questions):
         lines.append(f"{len(questions) - len(scored)} questions have no answer and are not scored")
     unusable = sum("error" in record for record in plain)
@@ -92,7 +96,7 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
             Path(folder, f"mmau_scores.{extension}").unlink(missing_ok=True)
         return f"{first_path}: no question has an answer, so there are no scores to report"
     questions = [first[i] for i in scored]
-    correct = {}
+    correct, said = {}, {}
     for step, path in results:
         own, predicted = read_predictions(path)
         try:
@@ -100,6 +104,7 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         except InputError as error:
             raise InputError(f"{error}; remove the outdated file and evaluate again") from None
         correct[step] = [is_right(first[i], predicted[i]) for i in scored]
+        said[_name(step)] = [predicted[i] for i in scored]
 
     caption = visible(caption)
     tasks = [*TASKS, *in_order({q.task for q in questions if q.task is not None} - set(TASKS))]
@@ -109,8 +114,8 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         average, interval, counts = score_cells(Score(sum(rights), len(rights)))
         cells = [percent(*by_task.get(task, Score(0, 0))) for task in tasks]
         rows.append((_name(step), *cells, average, interval, counts))
-    chance = guessing([question.choices for question in questions])
-    conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}"]
+    chance = guessing(questions)
+    conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}", *exact_figures(questions, said)]
 
     write_text(Path(folder, "mmau_scores.md"), _markdown(caption, rows, conclusions))
     write_text(Path(folder, "mmau_scores.csv"), _csv(questions, correct, tasks))
@@ -195,8 +200,7 @@ def _draw(path: Path, caption: str, questions: list[Question], correct: dict[int
     axis.set_xticks(steps if len(steps) <= 12 else steps[:: -(-len(steps) // 12)])
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100, format="png")
+    save_picture(figure, path, dpi=100)
 
 
 # ---- a page to read and listen to ----
@@ -223,7 +227,7 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
     ]
     body = f"""<header>
 <h1>{_e(title)}</h1>
-{_html_table([questions[i] for i in scored], [bool(correct[i]) for i in scored])}
+{_html_table([questions[i] for i in scored], [records[i]["model_prediction"] for i in scored])}
 </header>
 <form id="filter">
 <label><input type="checkbox" name="wrong"> wrong only</label>
@@ -237,10 +241,10 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
     write_text(Path(path), web_page(title, _STYLE, body))
 
 
-def _html_table(questions: list[Question], correct: list[bool]) -> str:
+def _html_table(questions: list[Question], predicted: list[str]) -> str:
     if not questions:
         return "<p>No question has an answer, so nothing is scored.</p>"
-    lines = []
+    correct, lines = list(map(is_right, questions, predicted)), []
     for field, rows in groupby(accuracy_rows(questions, correct), key=lambda row: row[0]):
         if field in FIELDS:
             lines.append(f'<tr class="group"><th colspan="5">{field.replace("_", "-")}</th></tr>')
@@ -248,9 +252,9 @@ def _html_table(questions: list[Question], correct: list[bool]) -> str:
             cells = [_e(value) if field in FIELDS else "all questions", *score_cells(score), _bar(score)]
             lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     headings = '<th></th><th>accuracy</th><th>95% interval</th><th>right</th><th class="scale">0 to 100%</th>'
-    chance = guessing([question.choices for question in questions])
     table = "\n".join([f"<thead><tr>{headings}</tr></thead>", "<tbody>", *lines, "</tbody>"])
-    return f"<table>\n{table}\n</table>\n<p>Guessing would score {percent(chance, 1)}.</p>"
+    notes = [f"guessing would score {percent(guessing(questions), 1)}", *exact_figures(questions, {"": predicted})]
+    return f"<table>\n{table}\n</table>\n" + "\n".join(f"<p>{_e(note)}</p>" for note in notes)
 
 
 def _bar(score: Score) -> str:
@@ -271,14 +275,14 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
     verdict = {True: "right", False: "wrong", None: "unscored"}[right]
     predicted = record["model_prediction"]
     labels = [label for label in (question.task, question.difficulty, question.sub_category) if label is not None]
-    choices = []
+    choices, answer = [], question.answer and spelled(question.answer, question.choices)
     for choice in question.choices:
-        marks = [mark for mark, text in (("answer", question.answer), ("predicted", predicted)) if choice == text]
+        marks = [mark for mark, text in (("answer", answer), ("predicted", predicted)) if choice == text]
         notes = "".join(f" <small>{mark}</small>" for mark in marks)
         choices.append(f'<li class="{" ".join(marks)}">{_e(choice)}{notes}</li>')
     audio = _address(Path(os.path.relpath(os.path.abspath(question.audio), folder)).as_posix())
     error = f'<p class="error">{_e(record["error"])}</p>\n' if record.get("error") else ""
-    answer = "withheld" if question.answer is None else _e(question.answer)
+    right_answer = "withheld" if answer is None else _e(answer)
     samples = record.get("samples")
     texts = samples if isinstance(samples, list) and samples else [record.get("completion", predicted)]
     name = "whole completion" if len(texts) == 1 else f"all {len(texts)} completions"
@@ -288,7 +292,7 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
 <p class="labels">{" &middot; ".join(_e(label) for label in [*labels, f"id {question.id}"])}</p>
 <audio controls preload="none" src="{audio}"></audio>
 {error}<ol>{"".join(choices)}</ol>
-<dl><dt>prediction</dt><dd>{_e(predicted) or "<em>empty</em>"}</dd><dt>right answer</dt><dd>{answer}</dd></dl>
+<dl><dt>prediction</dt><dd>{_e(predicted) or "<em>empty</em>"}</dd><dt>right answer</dt><dd>{right_answer}</dd></dl>
 <details><summary>{name}</summary>{completions}</details>
 </article>
 """

@@ -2,17 +2,21 @@
 
 Plain functions on plain lists. MMAU's rule (reward.mmau_match) decides whether a prediction is right. The verdict is
 never stored: it is computed again from the predictions file. A question whose answer is withheld is never scored.
+
+The rule compares sets of words, so it cannot tell "+" from "-" or "A, then B" from "B, then A". For such questions a
+second figure is computed, by exact comparison. Held-out questions of a training are nobody's benchmark: there exact
+comparison decides such questions.
 """
 
 import math
 import os
 import re
 from collections import Counter, namedtuple
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from data import Question, find_records, parse_record, require
-from infra.errors import InputError
-from reward import format_reward, guessing, mmau_match, prediction
+from data import Question, answer_is_a_choice, find_records, parse_record, require
+from infra.errors import SHOWN, InputError
+from reward import composed, format_reward, mmau_match, prediction
 
 Score = namedtuple("Score", "correct total")
 FIELDS = ("task", "difficulty", "sub_category")  # MMAU's labels of a question
@@ -92,6 +96,49 @@ def _deviation(values: Sequence[float]) -> float:
 def is_right(question: Question, prediction: str) -> bool:
     """Apply MMAU's rule to a prediction. The question must have an answer."""
     return mmau_match(question.known_answer, prediction, question.choices)
+
+
+def is_told_apart(question: Question) -> bool:
+    """Tell whether MMAU's rule judges each choice as exact comparison does. True if the answer is not a choice."""
+    verdicts = [(is_right(question, choice), _is_answer(question, choice)) for choice in question.choices]
+    return all(rule == exact for rule, exact in verdicts) or not answer_is_a_choice(question)
+
+
+def is_right_exactly(question: Question, prediction: str) -> bool:
+    """Apply MMAU's rule, or exact comparison if the rule cannot tell the question's choices apart."""
+    if is_told_apart(question):
+        return is_right(question, prediction)
+    return _is_answer(question, prediction)
+
+
+def _is_answer(question: Question, text: str) -> bool:
+    return composed(text) == composed(question.known_answer)
+
+
+def guessing(questions: list[Question], right: Callable[[Question, str], bool] = is_right) -> float:
+    """Return the expected accuracy of random guessing: the mean share of each question's choices that are right."""
+    shares = [sum(right(q, choice) for choice in q.choices) / len(q.choices) for q in questions]
+    return sum(shares) / len(shares)
+
+
+def exact_figures(questions: list[Question], predicted: dict[str, list[str]]) -> list[str]:
+    """Return lines about the questions that MMAU's rule cannot tell apart; none if there are no such questions.
+
+    The first line has their number and ids, the second one the accuracy if exact comparison decides them. predicted:
+    predictions by the evaluation's name, which is shown if there are several.
+    """
+    ids = [question.id for question in questions if not is_told_apart(question)]
+    if not ids:
+        return []
+    figures = []
+    for name, texts in predicted.items():
+        correct = sum(map(is_right_exactly, questions, texts))
+        figures.append(f"{name} " * (len(predicted) > 1) + percent(correct, len(questions)))
+    listed = ", ".join(map(visible, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    return [
+        f"MMAU's rule cannot tell the choices of {len(ids)} questions apart: {listed}",
+        f"accuracy if exact comparison decides these: {', '.join(figures)}",
+    ]
 
 
 def read_predictions(path: str) -> tuple[list[Question], list[str]]:
@@ -199,7 +246,7 @@ def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bo
                 difference = (only_this - only_first) / len(indices) * 100
                 cells = [f"{difference:+.2f}", p_text(mcnemar_exact(only_first, only_this))]
             rows.append((f"  {name}", *score_cells(score), *cells))
-        chance = guessing([questions[i].choices for i in indices])
+        chance = guessing([questions[i] for i in indices])
         rows.append(("  guessing", percent(chance, 1)))
     return align(rows, right=(1, 2, 3, 4, 5))
 
@@ -225,6 +272,8 @@ def compare(path_a: str, path_b: str) -> str:
     if len(scored) < len(questions):
         lines.append(f"{len(questions) - len(scored)} questions have no answer and are not compared")
     lines.append(verdict(only_a, only_b, "A", "B"))
+    compared = {"A": [predicted_a[i] for i in scored], "B": [predicted_b[i] for i in scored]}
+    lines += exact_figures([questions[i] for i in scored], compared)
 
     changed: list[tuple[str, ...]] = [("", "id", "answer", "A's prediction", "B's prediction")]
     for name, (winner, loser) in (("only A", right), ("only B", right[::-1])):
@@ -296,16 +345,17 @@ def _groups(questions: list[Question]) -> dict[str, list[int]]:
 
 
 def score_answers(questions: list[Question], answers: list[list[str]], template: str) -> tuple[float, float]:
-    """Return accuracy by MMAU's rule and the share of well-formed completions. answers: one completion a question."""
+    """Return accuracy by is_right_exactly, and the share of well-formed completions. answers: one for each question."""
     pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
-    correct = sum(is_right(question, prediction(completion)) for question, completion in pairs)
+    correct = sum(is_right_exactly(question, prediction(text, question.choices)) for question, text in pairs)
     format_ = sum(format_reward(completion, template) for _, completion in pairs)
     return correct / len(pairs), format_ / len(pairs)
 
 
 def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:
     """Format named scores of score_answers, and the score of guessing, as aligned lines."""
-    chance = guessing([question.choices for question in questions])
+    chance = guessing(questions, is_right_exactly)
     lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
     lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]
+    lines += [f"{line}; exact comparison decides these" for line in exact_figures(questions, {})[:1]]
     return "\n".join(lines)

@@ -1,14 +1,16 @@
 """Clips: load their samples for the model, and check them by their header or by all of their samples."""
 
+import io
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from infra.containers import BadClip, ffmpeg_line, replace_or_convert, streams
 from infra.errors import InputError
 from infra.files import kind_of_file
 
@@ -17,25 +19,41 @@ MIN_SAMPLES = 400  # one 25 ms window of the spectrogram; a shorter clip has no 
 # A clip above these limits is probably broken: recordings of speech, music or scenes stay below them, 5.1 sound has 6
 # channels, and the model hears 16 kHz and 30 s.
 MAX_RATE, MAX_CHANNELS, MAX_SECONDS, MAX_PEAK = 96_000, 6, 1800, 1e5
+TOO_LONG = "lasts {} s, but the model would hear only the first 30 (ffmpeg -t 30 cuts it)"
+UNKNOWN = 2**63 - 1  # libsndfile's number of frames if the header has none, as in a FLAC file from a pipe
 
 
 def load_audio(path: str) -> np.ndarray:
     """Read the first channel of a clip as float32 samples at 16 kHz, [samples], full scale 1.0. Raises InputError."""
     soxr = audio_package("soxr")
-    with open_clip(path) as file, _one_line_errors(path):
-        samples = file.read(dtype="float32", always_2d=True)[:, 0]
-        rate, announced = file.samplerate, file.frames
-    if len(samples) < announced:
-        fault = f"was cut off: only {len(samples) / rate:.1f} of {announced / rate:.1f} s are left"
-    elif not np.isfinite(samples).all():
-        fault = "has NaN or infinite samples"
-    elif (peak := np.abs(samples).max()) > MAX_PEAK:
-        fault = f"has samples up to {peak:.0e}, but full scale is 1"
-    elif peak == 0:
-        fault = "has only zeros, absolute silence"
-    else:
-        return soxr.resample(samples, rate, SAMPLE_RATE)
-    raise InputError(f"{path}: {fault}; replace or remove this clip")
+    parts, seconds, others = [], 0.0, False
+    with _one_line_errors(path):
+        for stream in _streams(path):
+            with _open(stream) as file:
+                samples = _decode(file)
+                parts.append(soxr.resample(samples[:, 0], file.samplerate, SAMPLE_RATE))
+                seconds += len(samples) / file.samplerate
+                others = others or bool(samples[:, 1:].any())
+        _check_seconds(seconds)
+        audio = np.concatenate(parts)
+        if not np.isfinite(audio).all():
+            raise BadClip("has NaN or infinite samples")
+        if (peak := np.abs(audio).max()) > MAX_PEAK:
+            raise BadClip(f"has samples up to {peak:.0e}, but full scale is 1")
+        if peak == 0 and others:
+            fault = "its first channel, the one that the model hears, is silent, but another channel is not"
+            raise BadClip(fault, f"mix the channels: {ffmpeg_line(path)}")
+        if peak == 0:
+            raise BadClip("has only zeros, absolute silence")
+    return audio
+
+
+def audio_seconds(path: str) -> float:
+    """Return the length of a clip, by its header if its last sample can be reached. Raises InputError."""
+    with _one_line_errors(path):
+        seconds = sum(_seconds(stream) for stream in _streams(path))
+        _check_seconds(seconds)
+    return seconds
 
 
 def audio_package(name: str) -> Any:
@@ -46,73 +64,70 @@ def audio_package(name: str) -> Any:
         raise InputError(f"clips need the package {name} ({error}): pip install -r requirements.txt") from None
 
 
-@contextmanager
-def open_clip(path: str) -> Iterator[Any]:
-    """Open a clip as a soundfile.SoundFile. Raises InputError for a bad header, or if its end cannot be reached."""
-    soundfile = audio_package("soundfile")
-    fault = file_fault(path)
-    if fault is None:
-        with _one_line_errors(path), soundfile.SoundFile(path) as file:
-            fault = _header_fault(file)
-            if fault is None and file.format != "MP3":  # in an MP3, seeking decodes everything before
-                try:
-                    file.seek(file.frames - 1)
-                    file.seek(0)
-                except soundfile.LibsndfileError:
-                    fault = "was cut off or is damaged: its last sample cannot be reached"
-            if fault is None:
-                yield file
-                return
-    raise InputError(f"{path}: {fault}; replace or remove this clip")
-
-
-def file_fault(path: str) -> str | None:
-    """Return why a path cannot be a clip, before opening it as one; None if it can."""
+def _streams(path: str) -> list[str | bytes]:
+    """Return what to open for a clip, see containers.streams. Raises BadClip if the path cannot be a clip."""
     if not os.path.lexists(path):
-        return "no audio file of this name"
+        raise BadClip("no audio file of this name")
     if not os.path.isfile(path):  # reading a pipe would wait for someone to write
-        return f"is a {kind_of_file(path)}, not an audio file"
-    size = os.path.getsize(path)
-    if size == 0:
-        return "is an empty file"
-    with _one_line_errors(path), open(path, "rb") as file:
-        announced = _mp3_bytes(file.read(4096))
-    return f"was cut off: only {size} of {announced} bytes are left" if size < 0.99 * announced else None
+        raise BadClip(f"is a {kind_of_file(path)}, not an audio file")
+    if os.path.getsize(path) == 0:
+        raise BadClip("is an empty file")
+    return streams(path)
 
 
-def _mp3_bytes(start: bytes) -> int:
-    """Return the file size that an MP3 announces in a frame named Xing or Info; 0 if it announces none."""
-    tag = max(start.find(b"Xing"), start.find(b"Info"))
-    if tag < 0 or not start.startswith((b"ID3", b"\xff")):
-        return 0
-    flags = int.from_bytes(start[tag + 4 : tag + 8], "big")  # bit 0: a number of frames follows; bit 1: of bytes
-    field = tag + 8 + 4 * (flags & 1)
-    return int.from_bytes(start[field : field + 4], "big") if flags & 2 else 0
+@contextmanager
+def _open(stream: str | bytes) -> Iterator[Any]:
+    """Open a stream as a soundfile.SoundFile. Raises BadClip for a bad header."""
+    source, size = (io.BytesIO(stream), len(stream)) if isinstance(stream, bytes) else (stream, os.path.getsize(stream))
+    with audio_package("soundfile").SoundFile(source) as file:
+        if not 0 < file.samplerate <= MAX_RATE:
+            fault = f"has {file.samplerate} Hz, and at most {MAX_RATE} are allowed (ffmpeg -ar 16000 resamples it)"
+            raise BadClip(fault)
+        if file.channels > MAX_CHANNELS:
+            fault = f"has {file.channels} channels, and at most {MAX_CHANNELS} are allowed (ffmpeg -ac 1 mixes them)"
+            raise BadClip(fault)
+        if MAX_SECONDS * file.samplerate < file.frames != UNKNOWN:
+            raise BadClip(TOO_LONG.format(f"{file.frames / file.samplerate:.0f}"))
+        # libsndfile's log of WAV, AIFF, AU, W64 and RF64. Some programs count the header, too, and write gigabytes if
+        # they do not know the size.
+        sizes = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
+        log = re.search(sizes, file.extra_info, re.MULTILINE)
+        if log and size + 8 < int(log[1]) < 2_000_000_000:
+            raise BadClip(f"was cut off: only {log[2]} of {log[1]} bytes are left")
+        yield file
 
 
-def _header_fault(file) -> str | None:
-    """Return what is wrong with the header of an open clip, or None."""
-    seconds = file.frames / file.samplerate if file.samplerate > 0 else 0
-    if not 0 < file.samplerate <= MAX_RATE:
-        return f"has {file.samplerate} Hz, and at most {MAX_RATE} are allowed (ffmpeg -ar 16000 resamples it)"
-    if file.channels > MAX_CHANNELS:
-        return f"has {file.channels} channels, and at most {MAX_CHANNELS} are allowed (ffmpeg -ac 1 mixes them)"
-    if seconds < MIN_SAMPLES / SAMPLE_RATE:
-        return f"has {seconds * 1000:.0f} ms of audio, and at least 25 ms are needed"
-    if seconds > MAX_SECONDS:
-        return f"lasts {seconds:.0f} s, but the model would hear only the first 30 (ffmpeg -t 30 cuts it)"
-    sizes = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)  # libsndfile's log of a WAV
-    if sizes and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16:  # a size near 2^31 or 2^32 means: not known
-        return f"was cut off: only {sizes[2]} of {sizes[1]} bytes of samples are left"
-    if re.search("lacks an end-of-stream bit|Junk after the last page", file.extra_info):  # Ogg
-        return f"was cut off after {seconds:.1f} s: its end is missing"
-    return None
+def _decode(file: Any) -> np.ndarray:
+    """Read all samples of an open stream, [samples, channels]. Raises BadClip if some are missing."""
+    file.seekable = lambda: False  # soundfile would seek after reading, and some codecs cannot
+    longest = MAX_SECONDS * file.samplerate
+    try:
+        samples = file.read(min(file.frames, longest + 1), dtype="float32", always_2d=True)
+    except audio_package("soundfile").LibsndfileError as error:
+        raise BadClip(f"cannot be read as audio: it was cut off or is damaged ({error})") from None
+    if len(samples) > longest:
+        raise BadClip(TOO_LONG.format(f"over {MAX_SECONDS}"))
+    if file.frames != UNKNOWN and len(samples) < 0.9 * file.frames:  # for an MP2, frames is an estimate
+        left, announced = len(samples) / file.samplerate, file.frames / file.samplerate
+        raise BadClip(f"was cut off or is damaged: only {left:.1f} of {announced:.1f} s can be read")
+    return samples
 
 
-def audio_seconds(path: str) -> float:
-    """Return the length of a clip by its header. Raises InputError."""
-    with open_clip(path) as file:
+def _seconds(stream: str | bytes) -> float:
+    """Return the length of a stream, by its header if its last sample can be reached, else by decoding it."""
+    with _open(stream) as file, suppress(audio_package("soundfile").LibsndfileError):
+        if "MPEG" not in file.subtype:  # there, seeking decodes everything before
+            file.seek(file.frames - 1)  # fails for some codecs, for an unknown length and if the file was cut off
         return file.frames / file.samplerate
+    with _open(stream) as file:
+        return len(_decode(file)) / file.samplerate
+
+
+def _check_seconds(seconds: float) -> None:
+    if seconds < MIN_SAMPLES / SAMPLE_RATE:
+        raise BadClip(f"has {seconds * 1000:.0f} ms of audio, and at least 25 ms are needed")
+    if seconds > MAX_SECONDS:
+        raise BadClip(TOO_LONG.format(f"{seconds:.0f}"))
 
 
 @contextmanager
@@ -120,7 +135,14 @@ def _one_line_errors(path: str):
     damaged = audio_package("soundfile").LibsndfileError
     try:
         yield
+    except BadClip as fault:
+        raise InputError(f"{path}: {fault}") from None
     # TypeError: .raw files without header; MemoryError: a damaged header that claims hours of audio
     except (OSError, TypeError, ValueError, MemoryError, damaged) as error:
-        reason = " ".join(str(error).replace(f"Error opening {path!r}: ", "").split()) or type(error).__name__
-        raise InputError(f"{path}: cannot be read as audio ({reason}); replace or remove this clip") from None
+        reason = " ".join(getattr(error, "error_string", str(error)).split()) or type(error).__name__
+        code, remedy = getattr(error, "code", 0), "replace or remove this clip"
+        if code == 7:  # libsndfile says "does not exist" of an .mp3 file that is something else
+            reason = "it is no MP3"
+        elif code > 2:  # the format is known, but perhaps not the codec in it
+            remedy = replace_or_convert(path)
+        raise InputError(f"{path}: cannot be read as audio ({reason}); {remedy}") from None

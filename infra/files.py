@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from infra.errors import InputError
+from infra.ownership import require_ownership
 
 UNFINISHED = ".unfinished"
 
@@ -34,6 +35,7 @@ def remove(path: Path) -> None:
 
 def begin_folder(folder: Path) -> Path:
     """Make an empty folder for the files of `folder`. finish_folder renames it to `folder`."""
+    require_ownership()
     unfinished = folder.with_name(folder.name + UNFINISHED)
     if unfinished.exists():
         remove(unfinished)
@@ -46,6 +48,7 @@ def finish_folder(folder: Path) -> None:
     unfinished = folder.with_name(folder.name + UNFINISHED)
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
+    require_ownership()
     if folder.exists():
         remove(folder)
     unfinished.rename(folder)
@@ -64,6 +67,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Makes the folder if it is missing. If writing fails, `path` stays as it was and `unfinished` is removed.
     """
+    require_ownership()
     unfinished = path.with_name(path.name + UNFINISHED)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -88,6 +92,7 @@ def first_free(name: Callable[[int], Path]) -> Path:
 
 def set_aside(path: Path) -> Path:
     """Rename a file to NAME.old, or if that exists to NAME.old_2, NAME.old_3, ... Returns the new path."""
+    require_ownership()
     return path.rename(first_free(lambda n: path.with_name(f"{path.name}.old" + (f"_{n}" if n > 1 else ""))))
 
 
@@ -130,9 +135,11 @@ def _existing(folder: Path) -> Path:
 @contextmanager
 def writing(path: Path, remedy: Callable[[], str]) -> Iterator[None]:
     """Inside `with`, turn a failure to write `path` into an InputError, with the free space and the remedy."""
+    require_ownership()
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError
+        require_ownership()  # another job may have removed an unfinished folder
         reason, free = " ".join(str(error).split())[:300], free_bytes(path.parent) / 1e9
         message = f"{path}: could not be written ({reason}), with {free:.2f} GB free; {remedy()}"
         raise InputError(message) from None

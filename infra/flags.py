@@ -1,6 +1,7 @@
 """Command lines: the allowed range of each numeric flag, and one-line errors. Every script uses this parser."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -69,20 +70,38 @@ AUTO_ON_OFF = dict(type=auto_on_off, metavar="{auto,on,off}")
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that requires numbers within LIMITS and prints errors as one line, on rank 0 only."""
+    """An ArgumentParser that requires numbers within LIMITS and prints errors as one line, on rank 0 only.
+
+    Texts must be UTF-8, because tokenizers and safetensors take no other file names.
+    """
 
     def parse_args(self, args=None, namespace=None):
+        print_every_character()
         parsed = super().parse_args(args, namespace)
         for name, given in vars(parsed).items():
             for value in given if isinstance(given, list) else [given]:
                 if type(value) in (int, float) and (wrong := outside_limits(name, value)):
                     self.error(wrong)
+                if isinstance(value, str) and os.fsencode(value) != value.encode(errors="backslashreplace"):
+                    self.error(f"--{name} {value!r} is not UTF-8; rename it or set PYTHONUTF8=1")
         return parsed
 
     def error(self, message: str):
         if os.environ.get("RANK", "0") == "0":
             print(f"{self.prog}: error: {message} (--help lists all settings)", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def print_every_character() -> None:
+    """Make standard output write an escape for each character that its encoding lacks.
+
+    Without this, print raises UnicodeEncodeError for Chinese questions if the encoding is cp1252 or ASCII. Standard
+    error writes escapes anyway. The parser calls this, because every script parses its command line before it prints.
+    """
+    if sys.stdout is None:  # closed with >&-
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook, which takes every character
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def outside_limits(name: str, value: float) -> str | None:

@@ -252,7 +252,7 @@ def launchers() -> list[str]:
         mine = f"{socket.gethostname()}:{_launcher}"
         # On Linux, field 22 is the start time of the process. It is needed, because process ids in containers repeat.
         stat = Path(f"/proc/{_launcher}/stat")
-        mine += f":{stat.read_text().rpartition(')')[2].split()[19]}" if stat.exists() else ""
+        mine += f":{stat.read_text(errors='replace').rpartition(')')[2].split()[19]}" if stat.exists() else ""
     return sorted({name for name in gather(mine) if name})
 
 

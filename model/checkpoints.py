@@ -1,24 +1,31 @@
-"""Model folders: check them without loading weights, load them on every rank, save them."""
+"""Model folders: check and identify them without loading weights, load them on every rank, save them."""
 
+import hashlib
 import json
 import os
+import shlex
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2AudioForConditionalGeneration
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from data import TEMPLATES
+from data import AUDIO_TOKEN, TEMPLATES
 from infra.errors import InputError
 from infra.files import begin_folder, finish_folder
 from infra.processes import SharedInputError, gather, memory_errors
-from model.lora import adapter_base, is_adapter, lora_layers, merge_adapter, save_adapter
+from model.lora import adapter_base, base_of, is_adapter, lora_layers, merge_adapter, save_adapter
 from model.qwen2_audio import freeze_position_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REMEMBERED = "aqa.json"  # file in a checkpoint, for the template: transformers and peft have no field for it
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+                   "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")  # fmt: skip
+MODEL_FILES = (*PROCESSOR_FILES, "config.json", "generation_config.json", "special_tokens_map.json",
+               "added_tokens.json", "adapter_config.json", "*.safetensors*")  # fmt: skip
 
 
 # ---- check ----
@@ -52,15 +59,21 @@ def check_model(name_or_path: str) -> None:
                 f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "
                 "change base_model_name_or_path in adapter_config.json"
             ) from None
+        if _processor_home(name_or_path) == name_or_path:
+            _check_processor_files(name_or_path, _processor_home(base))
         return
-    if os.path.exists(name_or_path):
+    in_folder = os.path.exists(name_or_path)
+    if in_folder:
         if not os.path.isfile(os.path.join(name_or_path, "config.json")):
             raise InputError(f"{name_or_path}: not a model folder, it has no config.json")
         _check_weight_files(name_or_path)
-    with loading_errors(name_or_path):
+    of_hub = "" if in_folder else " of the Hub, and no folder here has this name"
+    with loading_errors(name_or_path, f"a Qwen2-Audio model{of_hub}"):
         model_type = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).model_type
         if model_type != "qwen2_audio":
             raise ValueError(f"its config.json says {model_type}")
+    if in_folder:
+        _check_processor_files(name_or_path, "Qwen/Qwen2-Audio-7B-Instruct")
 
 
 def _check_weight_files(folder: str) -> None:
@@ -85,6 +98,64 @@ def _check_weight_files(folder: str) -> None:
         raise InputError(f"{folder}: has no model.safetensors; is this the folder of a checkpoint?")
 
 
+def _check_processor_files(folder: str, base: str) -> None:
+    """Raise InputError unless a folder has a whole processor. transformers would put defaults in place of some files.
+
+    base: the model to copy the files from, in the message.
+    """
+    found = {name for name in PROCESSOR_FILES if os.path.isfile(os.path.join(folder, name))}
+    templates = {"chat_template.jinja", "chat_template.json"}
+    missing = {
+        "processor_config.json": not found & {"processor_config.json", "preprocessor_config.json"},
+        "tokenizer.json": "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found,
+        "tokenizer_config.json": "tokenizer_config.json" not in found,
+        # The model on the Hub has no template: it uses the one in transformers. A saved processor has its own.
+        "chat_template.jinja": "processor_config.json" in found and not found & templates,
+    }
+    if any(missing.values()):
+        names = ", ".join(name for name, is_missing in missing.items() if is_missing)
+        load, save = f"AutoProcessor.from_pretrained({json.dumps(base)})", f"save_pretrained({json.dumps(folder)})"
+        command = f"python -c {shlex.quote(f'from transformers import AutoProcessor; {load}.{save}')}"
+        remedy = f"copy its processor from the model that it was trained from, as in: {command}"
+        raise InputError(f"{folder}: has no {names}; {remedy}")
+
+
+def _processor_home(name_or_path: str) -> str:
+    """Return the model that has the processor. peft writes none beside an adapter: then it is the base's."""
+    if is_adapter(name_or_path) and not any(Path(name_or_path, name).is_file() for name in PROCESSOR_FILES):
+        return _processor_home(adapter_base(name_or_path))
+    return name_or_path
+
+
+# ---- identify ----
+
+
+def identify_model(name_or_path: str) -> dict[str, str]:
+    """Return what a model is: of a folder, each file's bytes and digest; of a Hugging Face name, the commit.
+
+    The files of an adapter's base are among the adapter's, as base/NAME. Reads all weights: one core of a server hashes
+    1.3 GB/s, and each file has a thread.
+    """
+    if os.path.isdir(name_or_path):
+        folder = Path(os.path.abspath(name_or_path))
+    else:
+        folder = Path(str(cached_file(name_or_path, "config.json"))).parent
+    if folder.parent.name == "snapshots":  # of the Hub's cache: models--Qwen--Qwen2-Audio-7B-Instruct/snapshots/COMMIT
+        return {"commit": folder.name}
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        identity = {path.name: digest for path, digest in zip(files, pool.map(_digest, files))}
+    if is_adapter(folder):
+        identity |= {f"base/{name}": digest for name, digest in identify_model(adapter_base(str(folder))).items()}
+    return identity
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{path.stat().st_size} bytes, SHA-256 {digest[:16]}"
+
+
 # ---- load ----
 
 
@@ -100,15 +171,14 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
     eval mode and stays in eval mode in training: the same tokens must have the same log-probs each time.
     """
     check_model(name_or_path)
+    processor = load_processor(name_or_path)
     if is_adapter(name_or_path):
         # On the CPU, so that the merged weights are the same everywhere.
         model, _ = load_policy(adapter_base(name_or_path), dtype, torch.device("cpu"))
         with loading_errors(name_or_path, "a LoRA adapter"):
-            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
             merge_adapter(model, name_or_path)
     else:
         with loading_errors(name_or_path):
-            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
             with _no_warnings():  # transformers would print a table of mismatched weights; we raise one line
                 both: Any = Qwen2AudioForConditionalGeneration.from_pretrained(
                     name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True
@@ -116,9 +186,23 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
             model, loaded = both
             if loaded["missing_keys"]:  # transformers would fill them with random numbers
                 raise ValueError(f"weights are missing: {', '.join(sorted(loaded['missing_keys'])[:3])}, ...")
-    processor.tokenizer.padding_side = "left"
     freeze_position_table(model)
     return model.to(device).eval(), processor
+
+
+def load_processor(name_or_path: str):
+    """Load the processor of a model or an adapter. Raises InputError if it does not fit the model's config.json."""
+    home = _processor_home(name_or_path)
+    with loading_errors(home, "a processor of Qwen2-Audio"):
+        processor = AutoProcessor.from_pretrained(home, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
+        token, bins = processor.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN), processor.feature_extractor.feature_size
+        if token != config.audio_token_id:
+            raise ValueError(f"its tokenizer has {AUDIO_TOKEN} as {token}, and config.json as {config.audio_token_id}")
+        if bins != config.audio_config.num_mel_bins:
+            raise ValueError(f"it makes {bins} mel bins, and config.json has {config.audio_config.num_mel_bins}")
+    processor.tokenizer.padding_side = "left"
+    return processor
 
 
 @contextmanager
@@ -134,17 +218,21 @@ def _no_warnings():
 def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.device):
     """Call load_policy on every rank and wait until all ranks have loaded, however slow some node is.
 
-    Raises SharedInputError if loading fails on any rank.
+    Raises SharedInputError if loading fails on any rank, or if a node has another model under this name.
     """
-    loaded = failure = None
+    loaded = failure = sample = None
     try:
         with memory_errors("loading the model"):
             loaded = load_policy(name_or_path, dtype, device)
+            weights = torch.cat([weight.detach().flatten()[:64].float().cpu() for weight in loaded[0].parameters()])
+            sample = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
     except InputError as error:
         failure = str(error)
     failures = [reason for reason in gather(failure) if reason]
     if failures:
         raise SharedInputError(failures[0])
+    if len(set(gather(sample))) > 1:
+        raise SharedInputError(f"{name_or_path}: is not the same model on all nodes; copy it again, or share one disk")
     return loaded
 
 

@@ -52,7 +52,7 @@ def run_command(command: list[str], log: Path, environment: dict[str, str]) -> i
     if the log could not be written.
     """
     with open(log, "ab") as file:
-        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        file.write(os.fsencode(f"\n$ {shlex.join(command)}\n"))
         # A session of its own: Ctrl-C reaches this process only.
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True

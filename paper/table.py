@@ -8,9 +8,9 @@ from statistics import mean, stdev
 from data import Question
 from evaluation import scores
 from evaluation.report import TASKS, escape_markdown
-from infra.files import replacing, write_text
+from infra.files import write_text
+from infra.pictures import save_picture
 from paper.rows import ROWS, Job, jobs
-from reward import guessing
 
 # Accuracy on MMAU test-mini in percent (arXiv 2503.11197). Only rows whose method and template are those of the paper:
 # its SFT, for example, uses the template `direct`, ours uses `answer`.
@@ -29,12 +29,13 @@ def results(finished: list[Job], toy: bool) -> dict:
 
     Accuracies, intervals and deviations are in percent. `average` is the accuracy over all questions, as in MMAU.
     """
-    rights, questions = {}, []
+    rights, said, questions = {}, {}, []
     for job in sorted(finished, key=lambda job: (ROWS.index(job.row), job.seed)):
         questions, predictions = scores.read_predictions(str(job.predictions))
         rights[job.row.name, job.seed] = [
             scores.is_right(question, text) for question, text in zip(questions, predictions, strict=True)
         ]
+        said[str(job)] = predictions
     other_tasks = {question.task for question in questions if question.task is not None} - set(TASKS)
     columns = [*TASKS, *scores.in_order(other_tasks), "average"]
     rows = []
@@ -55,8 +56,9 @@ def results(finished: list[Job], toy: bool) -> dict:
             only_a, only_b = scores.discordant(*pair)
             test = {"seed": seed, "a": COMPARED[0], "b": COMPARED[1], "only_a": only_a, "only_b": only_b}
             tests.append(test | {"p": scores.mcnemar_exact(only_a, only_b)})
-    chance = 100 * guessing([question.choices for question in questions]) if questions else None
-    return {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows, "mcnemar": tests}
+    chance = 100 * scores.guessing(questions) if questions else None
+    found = {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows, "mcnemar": tests}
+    return found | {"exact_comparison": scores.exact_figures(questions, said)}
 
 
 def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
@@ -123,6 +125,7 @@ def markdown(args: argparse.Namespace, found: dict) -> str:
     if published:
         lines.append("Paper: arXiv 2503.11197, MMAU test-mini; empty if the paper has no row of this template.")
     lines += ["", *_lines(table), "", *verdicts(found)]
+    lines += [f"- {escape_markdown(line)}" for line in found["exact_comparison"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -197,5 +200,4 @@ def draw(path: Path, found: dict, published: bool) -> None:
     shown += "; diamonds: the paper" if published else ""
     axis.set_xlabel(f"accuracy over all {found['questions']} questions (%); {shown}")
     axis.grid(axis="x", alpha=0.3)
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=100, format="png")
+    save_picture(figure, path, dpi=100)

@@ -1,4 +1,4 @@
-"""Start processes fast: one process imports torch and transformers, and each new process is a fork of it."""
+"""Start processes fast: one imports torch and transformers, and others are forks of it or need neither."""
 
 import json
 import multiprocessing
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.multiprocessing as mp
@@ -19,6 +20,39 @@ multiprocessing.set_forkserver_preload(["transformers.models.qwen2_audio.modelin
 def run_processes(function, args, nprocs):
     """Call function(rank, *args) in `nprocs` new processes and wait for them. Raises if one fails."""
     mp.start_processes(function, args, nprocs, start_method="forkserver")
+
+
+# ---- another job ----
+
+JOB = """
+import fcntl, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from infra.ownership import owning
+if sys.argv[2] == "no locks":
+    def flock(*args): raise OSError(37, "No locks available")
+    fcntl.flock = flock
+with owning(Path(sys.argv[3])):
+    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    print(child.pid, flush=True)
+    sys.stdin.readline()
+    child.kill()
+"""
+
+
+@contextmanager
+def another_owner(file, locks=True):
+    """Inside `with`, another process owns an owner file and has a child. Yields it; `communicate()` ends it."""
+    command = [sys.executable, "-c", JOB, str(ROOT), "locks" if locks else "no locks", str(file)]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        child = int(process.stdout.readline())
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            if process.poll() is None:
+                process.communicate()
 
 
 # ---- commands ----

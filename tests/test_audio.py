@@ -1,5 +1,6 @@
-"""Clips: resampling, channels, file formats, bad clips, real recordings."""
+"""Clips: resampling, channels, file formats, odd and bad clips, real recordings."""
 
+import io
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ from test_layers import FLOOR, ROOT
 
 import data
 from data import load_questions
-from infra.audio import load_audio
+from infra.audio import audio_seconds, load_audio
 from infra.errors import InputError
 
 REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
@@ -75,6 +76,115 @@ def test_file_formats(tmp_path, name, subtype, tolerance):
     audio, exact = load_audio(str(tmp_path / name)), load_audio(str(tmp_path / "float.wav"))
     assert audio.dtype == np.float32 and audio.ndim == 1 and abs(len(audio) - 16_000) <= 1
     assert np.abs(audio - exact)[1_000:-1_000].max() < tolerance
+
+
+def encoded(samples, rate, subtype, format, **settings) -> bytes:
+    """Return the bytes of an audio file."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, subtype, format=format, **settings)
+    return file.getvalue()
+
+
+def heard(path, content: bytes) -> tuple[float, float]:
+    """Write a clip. Return its length in seconds, the same by header and by samples, and its loudest tone in Hz."""
+    path.write_bytes(content)
+    audio = load_audio(str(path))
+    assert audio_seconds(str(path)) == pytest.approx(len(audio) / 16_000, abs=2e-4)
+    return len(audio) / 16_000, np.argmax(np.abs(np.fft.rfft(audio))) * 16_000 / len(audio)
+
+
+def fault(path, content: bytes) -> str:
+    """Write a bad clip. Return its message, which must be the same for the check and for the decoder."""
+    path.write_bytes(content)
+    messages = []
+    for function in (audio_seconds, load_audio):
+        with pytest.raises(InputError) as error:
+            function(str(path))
+        messages.append(str(error.value).replace(str(path.parent), ""))
+    assert messages[0] == messages[1] and "\n" not in messages[0]
+    return messages[0]
+
+
+def written(path):
+    """Yield (format, subtype, bytes of one second of 500 Hz at 8 kHz) of all that this libsndfile writes."""
+    for format in soundfile.available_formats():
+        for subtype in soundfile.available_subtypes(format):
+            if format != "RAW":
+                try:
+                    soundfile.write(path, tone(500, 8_000, 0.5), 8_000, subtype, format=format)
+                except soundfile.LibsndfileError:
+                    continue  # MP3 of layers I and II, for example
+                yield format, subtype, path.read_bytes()
+
+
+def test_all_that_soundfile_writes_is_read(tmp_path):
+    """Some of the codecs cannot seek. Blocks may add some samples at the end, and one format has a rate of its own."""
+    subtypes = set()
+    for format, subtype, content in written(tmp_path / "a"):
+        subtypes.add(subtype)
+        rate = soundfile.info(tmp_path / "a").samplerate
+        seconds, frequency = heard(tmp_path / "a", content)
+        assert seconds == pytest.approx(8_000 / rate, abs=0.06), (format, subtype)
+        assert frequency == pytest.approx(500 * rate / 8_000, abs=1.5), (format, subtype)
+    assert subtypes > {"GSM610", "G721_32", "IMA_ADPCM", "MS_ADPCM", "DWVW_16"}
+
+
+CUT = {"WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "SVX", "FLAC", "OGG", "MP3"}  # formats whose end is known
+
+
+def test_files_that_were_cut_off(tmp_path):
+    for format, subtype, content in written(tmp_path / "a"):
+        if format in CUT:
+            assert "was cut off" in fault(tmp_path / "a", content[: len(content) * 6 // 10]), (format, subtype)
+
+
+def test_flac_of_unknown_length(tmp_path):
+    """As from a pipe: the encoder could not go back to write the number of samples."""
+    for samples, rate in ((tone(500, 16_000), 16_000), (np.ones(1_801_000) / 2, 1_000)):
+        content = bytearray(encoded(samples, rate, "PCM_16", "FLAC"))
+        content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+        if rate == 16_000:
+            assert heard(tmp_path / "a.flac", content) == (1, 500)
+            assert "was cut off or is damaged" in fault(tmp_path / "a.flac", content[:-500])
+        else:
+            assert "lasts over 1800 s" in fault(tmp_path / "a.flac", content)
+
+
+WAV = encoded(tone(500, 16_000), 16_000, "PCM_16", "WAV")
+HEADER, SAMPLES = WAV[:40], WAV[44:]  # the number of bytes stands between them
+
+
+@pytest.mark.parametrize("size", [0, 32_008, 32_036, 32_044, 0x7F000000, 0x7FFFF000, 2**31, 2**32 - 1])
+def test_wav_with_a_wrong_size(tmp_path, size):
+    """Programs leave the size at 0, count the header too, or write a huge size because they do not know it."""
+    assert heard(tmp_path / "a.wav", HEADER + size.to_bytes(4, "little") + SAMPLES) == (1, 500)
+
+
+def test_other_oddities(tmp_path):
+    odd = (31_999).to_bytes(4, "little") + SAMPLES[:-1]  # and no pad byte
+    assert heard(tmp_path / "a.wav", HEADER + odd)[0] == pytest.approx(1, abs=1e-4)
+    comment = b"LIST" + (2_000).to_bytes(4, "little") + b"INFO" + 1_996 * b"x"
+    assert "has 0 ms" in fault(tmp_path / "a.wav", HEADER + bytes(4) + comment)
+    aiff = bytearray(encoded(tone(500, 16_000), 16_000, "PCM_16", "AIFF"))
+    place = aiff.find(b"SSND") + 4
+    aiff[place : place + 4] = (len(aiff) + 8).to_bytes(4)
+    assert heard(tmp_path / "a.aiff", aiff) == (1, 500)
+    flac = encoded(tone(500, 16_000), 16_000, "PCM_16", "FLAC")
+    assert heard(tmp_path / "a.flac", flac + b"TAG" + bytes(125)) == (1, 500)
+
+
+def test_headerless_files_announce_no_length(tmp_path):
+    soundfile.write(tmp_path / "a.au", tone(500, 8_000), 8_000, "ULAW", format="RAW")
+    assert len(load_audio(str(tmp_path / "a.au"))) == pytest.approx(16_000, abs=50)
+
+
+def test_sound_in_the_second_channel_only(tmp_path):
+    path = tmp_path / "a b.wav"
+    soundfile.write(path, np.stack([np.zeros(16_000), tone(500, 16_000)], axis=1), 16_000)
+    with pytest.raises(InputError) as error:
+        load_audio(str(path))
+    command = f"ffmpeg -i '{path}' -ar 16000 -ac 1 '{tmp_path / 'a b_16k.wav'}'"
+    assert "its first channel" in str(error.value) and "is silent" in str(error.value) and command in str(error.value)
 
 
 # case: samples and rate, or the file's bytes; what the message names

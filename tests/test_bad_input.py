@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from training import toy_model
 
-TRAIN = ["grpo_aqa.py", "--steps", "1", "--max_new_tokens", "4", "--accumulation_steps", "1"]
+TRAIN = ["grpo_aqa.py", "--steps", "1", "--max_new_tokens", "8", "--accumulation_steps", "1"]
 PLAIN = {"audio": "good.wav", "question": "What is it?", "choices": ["rain", "a bell"], "answer": "rain"}
 R1_AQA = {"question_text": "What is it?", "multi_choice": ["rain", "a bell"], "answer": 0, "audio_path": "good.wav"}
 MMAU = {"id": "m", "audio_id": "good.wav", "question": "What is it?", "choices": ["rain", "a bell"], "answer": "rain"}
@@ -57,7 +57,7 @@ QUESTION_FILES = {
     "no choices": (f"{GOOD}\n{changed(PLAIN, choices=[])}", LINE + "choices must be a list"),
     "one choice": (f"{GOOD}\n{changed(PLAIN, choices=['rain'])}", LINE + "choices must be a list"),
     "answer in other case": (f"{GOOD}\n{changed(PLAIN, answer='Rain')}", "'rain' differs only in case or spaces"),
-    "answer in other space": (f"{GOOD}\n{changed(PLAIN, answer='a bell ')}", "'a bell' differs only in case or spaces"),
+    "answer in other space": (f"{GOOD}\n{changed(PLAIN, answer='a  bell')}", "'a bell' differs only in case or spaces"),
     "answer withheld": (f"{GOOD}\n{changed(PLAIN, answer=None)}", LINE + "has no answer"),
     "an empty question": (f"{GOOD}\n{changed(PLAIN, question=' ')}", LINE + "question must be a text"),
     "a question of 100,000 characters": (f"{GOOD}\n{changed(PLAIN, question='why? ' * 20_000)}", "model's context"),
@@ -66,7 +66,22 @@ QUESTION_FILES = {
         "context of 2048",
     ),
     "half of a character": (f"{GOOD}\n{changed(PLAIN, question=chr(0xD800))}", LINE + "has half of a character"),
-    "a second clip in the question": (f"{GOOD}\n{changed(PLAIN, question='<|AUDIO|>?')}", LINE + "has <|AUDIO|>"),
+    "a second clip in the question": (
+        f"{GOOD}\n{changed(PLAIN, question='<|AUDIO|>?')}",
+        LINE + "has the special token <|AUDIO|>",
+    ),
+    "chat markup in a choice": (
+        f"{GOOD}\n{changed(PLAIN, choices=['rain', 'a <|im_end|>'])}",
+        LINE + "has the special token <|im_end|>",
+    ),
+    "an answer that the rewards do not find": (
+        f"{GOOD}\n{changed(PLAIN, choices=['rain', '</answer>'], answer='</answer>')}",
+        "cannot be given exactly: the rewards",
+    ),
+    "an answer that MMAU's file does not list": (
+        f"{GOOD}\n{changed(MMAU, answer='Rain')}",
+        LINE + "the right answer 'Rain' cannot be given exactly: it",
+    ),
     "audio_id leaves its folder": (f"{GOOD}\n{changed(MMAU, audio_id='../good.wav')}", LINE + "audio_id '../good.wav'"),
 }
 
@@ -135,6 +150,8 @@ OTHERS = {
     "--out where nobody may write": ([*TRAIN, *DATA, "--model", "base", "--out", "/proc/run"], "/proc/run: cannot be"),
     "predictions where nobody may write": ([*EVALUATE, "--ckpt", "base", "--out", "/proc/p.json"], "/proc/p.json: can"),
     "predictions in place of a folder": ([*EVALUATE, "--ckpt", "base", "--out", "base"], "base: is a folder"),
+    "too few tokens for the answer": (
+        [*TRAIN, *DATA, "--model", "base", "--max_new_tokens", "2"], "more than --max_new_tokens 2"),
     "no held-out file": ([*TRAIN, *DATA, "--model", "base", "--heldout", "none.json"], "none.json: no such"),
     "--data without --model": (["grpo_aqa.py", *DATA], "--data needs --model"),
     "--audio_dir without --model": (["sft_aqa.py", "--audio_dir", "x"], "--audio_dir needs --model"),
@@ -148,6 +165,13 @@ OTHERS = {
     "completions beyond the context": (
         ["grpo_aqa.py", *DATA, "--model", "base", "--max_new_tokens", "2048"], "--max_new_tokens 2048 is more than"),
     "not a predictions file": (["eval_mmau.py", "--compare", "good.jsonl", "good.jsonl"], "line 1: no text"),
+    "markup in toy.py's questions": (["toy.py", "--questions", "markup.jsonl", "--out", "tiny"], "token <|im_start|>"),
+    "markup in questions to evaluate": (
+        ["eval_mmau.py", "--ckpt", "base", "--data", "markup.jsonl"], "markup.jsonl, line 1: has the special token"),
+    "markup in supervised questions": (
+        ["sft_aqa.py", "--steps", "1", "--model", "base", "--data", "markup.jsonl"], "token <|im_start|>"),
+    "a field that predictions use": (
+        ["eval_mmau.py", "--ckpt", "base", "--data", "own_fields.jsonl"], "line 1: has the field 'samples'"),
     "toy.py's output exists": (["toy.py", "--questions", "good.jsonl", "--out", "base"], "base: exists already"),
 }  # fmt: skip
 
@@ -243,6 +267,8 @@ def ended(tmp_path_factory, questions, forker):
                 shutil.copytree(models / run, folder / run)
         soundfile.write(folder / "good.wav", LOUD, 16_000)
         (folder / "good.jsonl").write_text(GOOD + "\n" + GOOD)
+        (folder / "markup.jsonl").write_text(changed(PLAIN, question="What?<|im_start|>system"))
+        (folder / "own_fields.jsonl").write_text(changed(PLAIN, samples=[1, 2]))
         what, _, case = name.partition(": ")
         if what == "question file":
             content = QUESTION_FILES[case][0]

@@ -1,10 +1,14 @@
 """Model folders: a checkpoint loads back equal, a damaged one is refused in one line, a save is complete or absent."""
 
+import json
+import os
 import re
+import shlex
 import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load, save
 from torch.testing import assert_close
 from training_runs import killed_in, names
@@ -12,7 +16,18 @@ from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 import policy
 from infra.errors import InputError
-from model.checkpoints import REMEMBERED, check_model, load_policy, remembered_template, save_checkpoint
+from infra.processes import SharedInputError
+from model import checkpoints
+from model.checkpoints import (
+    REMEMBERED,
+    check_model,
+    identify_model,
+    load_on_all_ranks,
+    load_policy,
+    load_processor,
+    remembered_template,
+    save_checkpoint,
+)
 from training import toy_model
 
 CPU = torch.device("cpu")
@@ -63,7 +78,11 @@ BAD_CONFIGS = {
     "corrupt config": changed("config.json", lambda old: old[:100]),
 }
 BAD_FILES = {
-    "no processor": lambda folder: (folder / "processor_config.json").unlink(),
+    "damaged processor": changed("processor_config.json", lambda old: b"{"),
+    "another tokenizer": changed("config.json", lambda old: re.sub(rb'(audio_token_index": )', rb"\g<1>1", old)),
+    "other mel bins": changed(
+        "processor_config.json", lambda old: old.replace(b'"feature_size": 40', b'"feature_size": 80')
+    ),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "truncated weights": changed("model.safetensors", lambda old: old[:100_000]),
     "empty weights": changed("model.safetensors", lambda old: b""),
@@ -84,6 +103,78 @@ def test_a_damaged_folder_is_an_input_error(saved, tmp_path, damage):
             check_model(folder)
     with pytest.raises(InputError, match=one_line):
         load_policy(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "lost", ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_folder_without_a_whole_processor_is_refused_and_the_printed_command_repairs_it(saved, tmp_path, lost):
+    """transformers would load a tokenizer of six tokens, another end token, or another chat template."""
+    folder = shutil.copytree(saved, tmp_path / "it's a model")
+    (folder / lost).unlink()
+    with pytest.raises(InputError, match=f"has no {lost}; copy its processor from .*: python -c ") as error:
+        check_model(str(folder))
+    [code] = shlex.split(str(error.value).partition("python -c ")[2])
+    exec(code.replace("Qwen/Qwen2-Audio-7B-Instruct", str(saved)))
+    check_model(str(folder))
+    assert load_processor(str(folder)).tokenizer.get_vocab() == load_processor(str(saved)).tokenizer.get_vocab()
+
+
+def as_on_the_hub(saved, folder):
+    """Copy a model in the layout of Qwen2-Audio on the Hub: preprocessor_config.json, and no chat template."""
+    shutil.copytree(saved, folder)
+    (folder / "chat_template.jinja").unlink()
+    extractor = json.loads((folder / "processor_config.json").read_text())["feature_extractor"]
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor))
+
+
+def test_the_layout_of_the_hub_is_whole(saved, tmp_path):
+    as_on_the_hub(saved, tmp_path / "hub")
+    check_model(str(tmp_path / "hub"))
+    assert load_processor(str(tmp_path / "hub")).chat_template == load_processor(str(saved)).chat_template
+
+
+def test_nodes_that_have_different_models_are_told(saved, tmp_path, monkeypatch):
+    """Each rank tells the others a digest of some weights. Here, one process plays both ranks."""
+    folder, told = shutil.copytree(saved, tmp_path / "model"), []
+    monkeypatch.setattr(checkpoints, "gather", lambda value: told.append(value) or [value])
+    load_on_all_ranks(str(folder), torch.float32, CPU)
+    monkeypatch.setattr(checkpoints, "gather", lambda value: [value, told.pop(0)])
+    weights = load((folder / "model.safetensors").read_bytes())
+    next(iter(weights.values())).flatten()[5] += 0.01
+    (folder / "model.safetensors").write_bytes(save(weights, PYTORCH))
+    with pytest.raises(SharedInputError, match="model: is not the same model on all nodes"):
+        load_on_all_ranks(str(folder), torch.float32, CPU)
+
+
+# ---- identify ----
+
+
+def test_a_copy_is_the_same_model_and_a_changed_file_is_named(saved, tmp_path, monkeypatch):
+    """Each file is told by its content, not by its time. Predictions beside the model do not count."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    os.utime(folder / "model.safetensors", (1, 1))
+    (folder / "mmau_predictions.json.settings.json").write_text("{}")
+    before = identify_model(str(saved))
+    monkeypatch.chdir(folder)
+    assert identify_model(".") == identify_model(str(folder)) == before
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} < set(before)
+    changed("model.safetensors", lambda old: old[:-1] + bytes([old[-1] ^ 1]))(folder)  # of the same size
+    after = identify_model(str(folder))
+    assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
+    assert re.fullmatch(r"\d+ bytes, SHA-256 [0-9a-f]{16}", after["model.safetensors"])
+
+
+def test_a_model_of_the_hub_is_its_commit(saved, tmp_path, monkeypatch):
+    """By name, and as the folder that `hf download` prints."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    commit, home = "0123456789abcdef0123456789abcdef01234567", tmp_path / "models--some--model"
+    as_on_the_hub(saved, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    assert identify_model("some/model") == identify_model(str(home / "snapshots" / commit)) == {"commit": commit}
 
 
 # ---- save ----

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from forked import ENVIRONMENT, ROOT
 from training_runs import (
     STEPS,
     Start,
@@ -15,6 +18,8 @@ from training_runs import (
     free_port,
     metrics,
     names,
+    send,
+    snapshot,
     state,
 )
 
@@ -66,6 +71,36 @@ def test_workers_do_not_outlive_torchrun(runs):
             time.sleep(0.1)
         assert not any(family(worker) for worker in workers)
         assert "torchrun is gone" in start.errors()
+
+
+# ---- two jobs with one run folder ----
+
+
+@pytest.mark.slow
+def test_a_second_job_changes_nothing(runs):
+    """Both training scripts are refused. Evaluating a finished checkpoint and explain.py are not."""
+    out, command = runs / "owned", [sys.executable, str(ROOT / "eval_mmau.py"), "--data=questions.jsonl"]
+    with Start(runs, "owned") as first:
+        first.wait_until((out / "step_000002").exists)
+        send(signal.SIGSTOP, first.workers())
+        before = snapshot(out)
+        for script, flags in {
+            "grpo_aqa.py": {"ranks": 2},
+            "sft_aqa.py": {"log_completions_every": None, "ranks": 1, "torchrun": ()},
+        }.items():
+            with Start(runs, "owned", "--resume", script=script, **flags) as second:
+                second.finish(code=1)
+            [line] = [line for line in second.errors().splitlines() if "error: " in line and script in line]
+            assert "owned/owner.json: another job (process " in line
+        assert snapshot(out) == before
+        command += ["--ckpt=owned/step_000002", "--max_new_tokens=8", "--out=owned/step_000002/p.json"]
+        subprocess.run(command, cwd=runs, env=os.environ | ENVIRONMENT, check=True)
+        with Start(runs, "owned", script="explain.py", ranks=1, torchrun=()) as explained:
+            assert "What the step did" in explained.finish()
+        send(signal.SIGCONT, first.workers())
+        first.finish()
+    assert_same_run(out, runs / "reference")
+    assert list(runs.rglob("owned/**/*owner.json")) == []
 
 
 # ---- several nodes ----

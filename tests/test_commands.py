@@ -101,3 +101,8 @@ def test_log_keeps_the_last_state_of_a_progress_bar(tmp_path):
     code = r"import sys; sys.stderr.write('\r10%\r50%\r100%\nnext\r\n'); sys.stderr.write('x\r\ry'); sys.exit(3)"
     assert commands.run_command([sys.executable, "-c", code], tmp_path / "log", dict(os.environ)) == 3
     assert (tmp_path / "log").read_text().splitlines()[2:] == ["100%", "next", "y"]
+
+
+def test_log_keeps_the_bytes_of_a_command_that_is_not_utf_8(tmp_path):
+    assert commands.run_command(["true", os.fsdecode(b"\xff")], tmp_path / "log", dict(os.environ)) == 0
+    assert (tmp_path / "log").read_bytes() == b"\n$ true '\xff'\n"

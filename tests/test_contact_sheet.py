@@ -69,6 +69,19 @@ def test_lines_mark_the_right_answer_and_keep_it_among_many():
     assert len(texts) == 6 and max(map(len, texts)) <= 40
 
 
+def test_the_answer_is_found_in_another_spelling_of_unicode():
+    question = Question("0", "a.wav", "What?", ["the\u0301", "tea"], "th\u00e9")
+    assert [(text, weight) for text, _, weight in lines_of(question)[1:]] == [
+        ("✓ the\u0301", "bold"),
+        ("– tea", "normal"),
+    ]
+
+
+def test_chinese_lines_end_after_any_character_and_have_half_as_many():
+    texts = [line for line, *_ in lines_of(asked("雨a" + "声" * 80, "铃" * 40, ["铃" * 40, "雨 b"]))]
+    assert texts == ["雨a" + "声" * 18, "声" * 19, "声" * 18 + " …", "✓ " + "铃" * 16 + " …", "– 雨 b"]
+
+
 def test_picture(questions, tmp_path):
     """Texts and names that look like formulas are drawn as they are. A choice may be empty."""
     soundfile.write(tmp_path / "quiet$_$.wav", np.full(16_000, 1e-3), 16_000)

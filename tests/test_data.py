@@ -91,6 +91,29 @@ def test_avqa_audio(tmp_path, video_name, stem, suffix):
     assert load(tmp_path, changed(AVQA, video_name=video_name))[0].audio == str(tmp_path / (stem + suffix))
 
 
+NAMES = [("a\\b", "a/b"), ("\u00e9", "e\u0301"), ("e\u0301", "\u00e9"), ("\u00e9\\e\u0301", "\u00e9/\u00e9")]
+
+
+@pytest.mark.parametrize("format, field", [*zip(FORMATS, ["audio_path", "video_name", "audio_id", "audio"])])
+@pytest.mark.parametrize("name, other", NAMES)
+def test_names_from_windows_and_macos(tmp_path, format, field, name, other):
+    r"""The \ of Windows stands for /, and macOS decomposes letters. The name of the folder stays as it is."""
+    home, suffix = tmp_path / "e\u0301\\x", "" if format == "AVQA" else ".wav"
+    home.mkdir()
+    line = changed(FORMATS[format], **{field: name + suffix})
+    assert load(home, line)[0].audio == str(home / f"{name}.wav")  # it is missing, and the message will say so
+    for existing in (other, name):  # as it is written, it wins
+        write_clip(home / f"{existing}.wav")
+        assert load(home, line)[0].audio == str(home / f"{existing}.wav")
+
+
+def test_usual_names_are_not_searched_for(tmp_path, monkeypatch):
+    """On a network disk, 38,000 looks take long."""
+    looked = []
+    monkeypatch.setattr("os.path.exists", looked.append)
+    assert load(tmp_path, changed(PLAIN), changed(R1_AQA, audio_path="\u9f13/\u9f13.wav")) and not looked
+
+
 @pytest.mark.parametrize("record", [MMAU, PLAIN], ids=["MMAU", "plain"])
 @pytest.mark.parametrize("withheld", [{"answer": None}, {"answer": ""}], ids=["no key", "empty"])
 def test_withheld_answer(tmp_path, record, withheld, capsys):
@@ -113,13 +136,20 @@ def test_null_and_nan_are_absent(tmp_path, record, absent):
     assert found == expected and [q.id for q in found[1:]] == [found[1].place, "x"]
 
 
-def test_mmau_answer_that_is_no_choice(tmp_path, capsys):
-    """It is kept as published, and counted in one printed line."""
+def test_mmau_answer_that_is_no_choice(tmp_path):
+    """It is kept as published."""
     write_clip(tmp_path / "a.wav")
     lines = [json.dumps(MMAU), changed(MMAU, answer="A dog", id=2), changed(MMAU, answer="a cat", id=3)]
     assert [question.answer for question in load(tmp_path, *lines)] == ["a dog", "A dog", "a cat"]
-    out = capsys.readouterr().err
-    assert out.count("\n") == 1 and f"{tmp_path / 'q.jsonl'}, line 2" in out and "2 such" in out
+
+
+@pytest.mark.parametrize(
+    "answer, choice", [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9"), ("a\u00e4 ", "aa\u0308")]
+)
+def test_an_answer_is_found_in_other_spellings_of_unicode(tmp_path, answer, choice):
+    write_clip(tmp_path / "a.wav")
+    [question] = load(tmp_path, changed(PLAIN, answer=answer, choices=["tea", choice]))
+    assert (question.answer, question.choices[1]) == (answer, choice)  # as the file spells them
 
 
 @pytest.mark.parametrize(
@@ -134,6 +164,34 @@ def test_build_prompt(template, ending):
     """The exact texts of the released checkpoints. Braces in a question stay."""
     text = "Is {it} 100%? Please choose the answer from the following options: ['a', \"it's\"]."
     assert build_prompt(Question("0", "a.wav", "Is {it} 100%?", ["a", "it's"], "a"), template) == text + ending
+
+
+@pytest.mark.parametrize(
+    "choice, shown",
+    [
+        ("C:\\new", "'C:\\new'"),
+        ("\u0915\u094d\u200d\u0937", "'\u0915\u094d\u200d\u0937'"),  # a zero-width joiner
+        ("10\u00a0km\u3000", "'10\u00a0km\u3000'"),
+        ("one\ntwo", "'one\ntwo'"),
+        ('it\'s "it"', "'it's \"it\"'"),
+    ],
+)
+def test_a_choice_is_shown_as_it_has_to_be_written(choice, shown):
+    """repr would escape each of these."""
+    assert repr(choice) != shown
+    assert f": [{shown}, 'a']." in build_prompt(Question("0", "a.wav", "What?", [choice, "a"], "a"), "answer")
+
+
+def test_prompts_are_those_of_a_list_wherever_repr_escapes_nothing():
+    pieces = ["a", "it's", 'a "b"', "é", "e\u0301", "犬", "🎵", "<b>", "{x}", "%", "½", " ", "\u0645\u0631", "C#", ""]
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(2_000):
+        choices = ["".join(rng.choice(pieces, 3)) for _ in range(3)]
+        if not any("'" in choice and '"' in choice for choice in choices):
+            prompt = build_prompt(Question("0", "a.wav", "What?", choices, "a"), "direct")
+            assert prompt == f"What? Please choose the answer from the following options: {choices}."
+            compared += 1
+    assert compared > 1_000
 
 
 def test_build_prompt_unknown_template():
@@ -199,6 +257,7 @@ BAD = {
         changed(MMAU, audio_id="x/../../a.wav"),
         [FILE, "line 1", "leaves", "audio_dir"],
     ),
+    "audio_id leaves its folder, in Windows": (changed(MMAU, audio_id="x\\..\\..\\a.wav"), [FILE, "line 1", "leaves"]),
     "video_name leaves its folder": (changed(AVQA, video_name="../a"), [FILE, "line 1", "leaves"]),
     "audio is a folder": (changed(PLAIN, audio="."), ["is a folder"]),
     "missing audio": (f"{OK}\n{LOST}", ["b_000007.wav: no audio file"]),

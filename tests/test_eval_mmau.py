@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import torch
 from eval_runs import BATCH, QUESTIONS, answers_in, arguments, evaluate, mmau_record
+from forked import another_owner
 
 import eval_mmau
 from evaluation import answering, report
@@ -76,10 +77,10 @@ def test_sampling(mmau, tmp_path, capsys):
 
 def test_a_hugging_face_name_needs_no_out(mmau, clean, tmp_path, monkeypatch, capsys):
     """Its predictions go to runs/. Here, the name stands for a local folder."""
-    for function in (eval_mmau.check_model, eval_mmau.check_context, eval_mmau.heard_seconds,
+    for function in (eval_mmau.check_model, eval_mmau.check_texts, eval_mmau.heard_seconds,
                      eval_mmau.load_on_all_ranks):  # fmt: skip
         local = functools.partial(function, str(mmau / "model"))
-        monkeypatch.setattr(eval_mmau, function.__name__, lambda name, *args, local=local: local(*args))
+        monkeypatch.setattr(eval_mmau, function.__name__, lambda name, *args, local=local, **kw: local(*args, **kw))
     monkeypatch.chdir(tmp_path)
     flags = arguments(mmau, "none", "--ckpt", "Org/Tiny")
     assert evaluate(*[flag for flag in flags if flag not in ("--out", "none")]) == 0
@@ -260,6 +261,30 @@ def test_long_clips_are_counted_once(mmau, tmp_path, capsys):
     assert "longer than" not in capsys.readouterr().out
 
 
+def test_a_predictions_file_has_one_owner(mmau, tmp_path, monkeypatch, capsys):
+    """A second evaluation of one of its files is refused before weights are loaded. Nothing of the first changes."""
+    monkeypatch.setattr(checkpoints, "load_policy", lambda *args: pytest.fail("weights were loaded"))
+    run = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(mmau / "model", run / f"step_00000{step}")
+    of_run = ["--ckpt", run, *arguments(mmau, "none")[2:]]
+    of_run = [flag for flag in of_run if flag not in ("--out", "none")]
+    for name, flags in {
+        "new/p.json": arguments(mmau, tmp_path / "new" / "p.json"),
+        "new/p_silence.json": arguments(mmau, tmp_path / "new" / "p.json", "--ablations"),
+        "run/step_000002/mmau_predictions.json": of_run,
+    }.items():
+        out, before = tmp_path / name, set(tmp_path.rglob("*"))
+        with another_owner(f"{out}.owner.json"):
+            Path(f"{out}.partial.jsonl").write_text("theirs")
+            assert evaluate(*flags) == 1
+            line = f"eval_mmau.py: error: {out}.owner.json: another job (process "
+            assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+            assert Path(f"{out}.partial.jsonl").read_text() == "theirs"
+            Path(f"{out}.partial.jsonl").unlink()
+        assert set(tmp_path.rglob("*")) == before
+
+
 # ---- a run's checkpoints ----
 
 
@@ -342,7 +367,7 @@ def test_odd_choices_and_answers(mmau, tmp_path, capsys):
     assert evaluate(*arguments(mmau, tmp_path / "out.json", "--data", path)) == 0
     captured = capsys.readouterr()
     assert re.search(r"^all .*/4", captured.out, re.MULTILINE) and "sub_category" in captured.out
-    assert "1 such MMAU questions" in captured.err
+    assert f"{path}, record 1: the right answer '(B) Wind' cannot be given exactly: it is not lit" in captured.out
     assert [list(r)[: len(odd[0])] for r in json.loads((tmp_path / "out.json").read_text())] == [list(r) for r in odd]
 
 

@@ -6,19 +6,20 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from forked import ENVIRONMENT, ROOT
+from forked import ENVIRONMENT, ROOT, another_owner
 
 from data import load_questions
 from training import toy_model
 from training.run_folder import step_folders
 
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": 6, "save_every": 2, "prompts_per_rank": 2,
-         "accumulation_steps": 1, "max_new_tokens": 4, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
+         "accumulation_steps": 1, "max_new_tokens": 8, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
 
 # grpo_aqa.py with a fault in it. The fault may use `rank`; `at`, which calls `do` before each call of a module's
 # function once a step is done; and `limit`, which limits the size of files to size() during those calls.
@@ -85,12 +86,12 @@ def command(out, switches, flags):
     return [*(f"--{name}={value}" for name, value in (FLAGS | flags | {"out": out}).items()), *switches]
 
 
-def torchrun(home, out, fault):
+def torchrun(home, out, fault, **flags):
     """Run the driver on two ranks to its end. Raises if that takes more than two minutes."""
     driver = home / f"{Path(out).name}_driver.py"
     driver.write_text(DRIVER.format(root=str(ROOT), fault=fault))
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
-    started += command(out, (), {})
+    started += command(out, (), flags)
     return subprocess.run(started, cwd=home, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120)
 
 
@@ -212,6 +213,47 @@ def test_an_error_of_the_machine_is_one_line(home, run):
     done = run("unreadable", fault="at(3, run, 'to_device', fail(OSError(5, 'Input/output error', 'x.wav')))")
     assert done.returncode == 1 and errors(done) == ["grpo_aqa.py: error: [Errno 5] Input/output error: 'x.wav'"]
     assert "Traceback" not in done.stderr
+
+
+# ---- two jobs with one run folder ----
+
+
+def test_a_second_job_is_refused_before_it_writes(home, run, forker):
+    shared = {name: value for name, value in FLAGS.items() if name != "log_completions_every"}
+    sft = [*(f"--{name}={value}" for name, value in shared.items()), "--out=owned/run"]
+    with another_owner(home / "owned" / "run" / "owner.json"):
+        for done in (run("owned/run"), forker.run(home, ["sft_aqa.py", *sft])):
+            assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+            assert "_aqa.py: error: owned/run/owner.json: another job (process " in done.stderr
+            assert [path.name for path in (home / "owned" / "run").iterdir()] == ["owner.json"]
+    assert not (home / "owned" / "run").exists()
+
+
+NO_LOCKS = """
+import fcntl
+def flock(*args): raise OSError(37, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.slow
+def test_without_locks_the_older_job_stops(home, run, undisturbed):
+    """All its ranks end, with one line. The newer job's run is like an undisturbed one."""
+    slow = NO_LOCKS + "at(2, grpo_aqa, 'sample_group', lambda *args, **kwargs: time.sleep(1))"
+    with ThreadPoolExecutor(1) as pool:
+        older = pool.submit(torchrun, home, "taken", slow, steps=10_000, prompts_per_rank=1)
+        while not (home / "taken" / "step_000002").exists():
+            assert not older.done(), older.result().stderr
+            time.sleep(0.1)
+        newer = run("taken", fault=NO_LOCKS)
+        assert newer.returncode == 0, newer.stderr
+        done = older.result()
+    assert done.returncode != 0 and len(errors(done)) == 1, done.stderr
+    assert re.search(r"error: taken/owner.json: (another job \(process .* has taken over|was removed)", errors(done)[0])
+    assert done.stderr.split("torch/distributed/run.py")[0].count("Traceback") == 1  # torchrun's
+    assert metrics(home / "taken") == undisturbed
+    assert [folder.name for folder in step_folders(home / "taken" / "earlier_1")] == ["step_000002"]
+    assert list((home / "taken").rglob("*owner.json")) == list((home / "taken").rglob("*.unfinished")) == []
 
 
 # ---- numbers that are not finite, too little memory ----

@@ -16,7 +16,10 @@ from infra.files import (
     remove,
     replacing,
     set_aside,
+    write_text,
+    writing,
 )
+from infra.ownership import OWNER, owning
 
 # ---- atomic writes ----
 
@@ -64,6 +67,30 @@ def test_a_folder_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
         "step_000002", "step_000002/sub", "step_000002/sub/weights",
     ]  # fmt: skip
+
+
+def test_nothing_is_written_once_another_job_has_taken_over(tmp_path):
+    """A failed write is then no fault of the disk."""
+    folder, file, theirs = tmp_path / "step_000002", tmp_path / "a.json", '{"token": "of another job"}'
+    folder.mkdir()
+    file.write_text("theirs")
+    (begin_folder(folder) / "weights").touch()
+    with owning(tmp_path / OWNER):
+        (tmp_path / OWNER).write_text(theirs)
+        before = set(tmp_path.rglob("*"))
+        for write in (
+            lambda: begin_folder(folder),
+            lambda: finish_folder(folder),
+            lambda: set_aside(file),
+            lambda: write_text(file, "mine"),
+            lambda: writing(file, str).__enter__(),
+        ):
+            with pytest.raises(InputError, match="owner.json: another job has taken over"):
+                write()
+        assert set(tmp_path.rglob("*")) == before and file.read_text() == "theirs"
+    with owning(tmp_path / OWNER), pytest.raises(InputError, match="taken over"), writing(file, str):
+        (tmp_path / OWNER).write_text(theirs)
+        raise OSError("No such file or directory")
 
 
 def test_files_set_aside_are_kept(tmp_path):

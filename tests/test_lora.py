@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from forked import another_owner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
@@ -19,7 +20,14 @@ from transformers import Qwen2AudioForConditionalGeneration
 import eval_mmau
 from infra.errors import InputError
 from model import lora
-from model.checkpoints import REMEMBERED, check_model, load_policy, remembered_template, save_checkpoint
+from model.checkpoints import (
+    REMEMBERED,
+    check_model,
+    identify_model,
+    load_policy,
+    remembered_template,
+    save_checkpoint,
+)
 from model.lora import adapter_off, add_lora, dropout_on, lora_layers
 from policy import CompletionLogprobs, completion_logprobs, encode_prompts, sample_group
 from training import preflight
@@ -237,7 +245,25 @@ def test_an_adapter_of_an_adapter(home, tiny, inputs, tmp_path):
     save_checkpoint(tmp_path / "second", model, processor)
     loaded, _ = load_policy(str(tmp_path / "second"), torch.float32, CPU)
     assert_close(logprobs(loaded, inputs), logprobs(model, inputs), rtol=1e-4, atol=1e-4)
-    preflight.check_context(str(tmp_path / "second"), [], "answer", 16)
+    preflight.check_texts(str(tmp_path / "second"), [], "answer", 16, strict=True)
+
+
+def test_an_adapter_of_peft_has_the_processor_of_its_base(home, tmp_path):
+    """peft writes no processor."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(home / "adapter" / name, folder)
+    check_model(str(folder))
+    preflight.check_texts(str(folder), [], "answer", 16, strict=True)
+    processors = [load_policy(str(where), torch.float32, CPU)[1] for where in (folder, home / "base")]
+    assert processors[0].tokenizer.get_vocab() == processors[1].tokenizer.get_vocab()
+    own = identify_model(str(folder))
+    base = {f"base/{name}": digest for name, digest in identify_model(str(home / "base")).items()}
+    assert base.items() < own.items() and own.keys() - base.keys() == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
 
 
 def config_with(**changes):
@@ -277,6 +303,10 @@ BAD_ADAPTERS = {  # case: how to damage it, and the message
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
         "only adapter_model.bin, which could run code",
     ),
+    "no processor": (
+        lambda folder: (folder / "processor_config.json").unlink(),
+        r"has no .*: .*from_pretrained.*/base",
+    ),
 }
 BAD_WEIGHTS = {
     "cut weights": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"{" * 99), "as a LoRA adapter"),
@@ -288,7 +318,6 @@ BAD_WEIGHTS = {
     "another rank": (config_with(r=5), "size mismatch|shape"),
     "other targets": (config_with(target_modules=["q_proj"]), "does not fit .*: it has an unexpected"),
     "no number": (weights_with(with_nan), "not finite"),
-    "no processor": (lambda folder: (folder / "processor_config.json").unlink(), "as a LoRA adapter"),
 }
 
 
@@ -361,7 +390,10 @@ def test_a_model_that_cannot_be_merged_is_one_line(home, tmp_path, evaluate):
         (["--ckpt", home / "adapter", "--merge", new, "--silence"], "--merge and --silence contradict each other"),
         (["--ckpt", home / "adapter", "--merge", new, "--template", "think"], "--merge and --template contradict"),
         (["--merge", new], "--ckpt is missing"),
+        (["--ckpt", home / "adapter", "--merge", tmp_path / "theirs"], "another job (process"),
     ):
-        status, printed = evaluate(*flags)
+        with another_owner(tmp_path / "theirs.owner.json"):
+            status, printed = evaluate(*flags)
         assert status in (1, 2) and message in printed and "Traceback" not in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert not new.exists() and Path(home / "adapter").exists()

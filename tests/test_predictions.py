@@ -9,6 +9,7 @@ import pytest
 
 from evaluation import predictions
 from infra.errors import InputError
+from infra.ownership import OWNER, owning
 
 # ---- predictions files ----
 
@@ -27,12 +28,26 @@ def test_where_predictions_are_written(tmp_path):
 def test_the_prediction_is_the_majority_vote():
     """The vote counts the samples' answers, not their whole texts. Questions without a completion are wrong."""
     texts = ["a bell", "<answer>rain</answer>", "so <answer>rain</answer>", "rain", " a bell\n"]
-    (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], {0: texts}, {1: "why"}, sampled=True)
+    choices = [["rain", "a bell"], ["x", "y"]]
+    (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], choices, {0: texts}, {1: "why"}, sampled=True)
     assert voted.pop("samples") == texts
     assert voted == {"id": 1, "model_prediction": "rain", "model_output": "rain", "completion": texts[0]}
     empty = {"model_prediction": "", "model_output": "", "completion": ""}
     assert silent == {"id": 2, **empty, "samples": [], "error": "why"}
-    assert predictions.with_answers([{}], {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
+    assert predictions.with_answers([{}], choices, {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
+    for texts in (["the\u0301"], ["th\u00e9", "the\u0301"]):  # a choice, as the file spells it; both samples say it
+        [tea] = predictions.with_answers([{}], [["th\u00e9", "the"]], {0: texts}, {}, sampled=len(texts) > 1)
+        assert tea["model_prediction"] == tea["model_output"] == "th\u00e9" and tea["completion"] == texts[0]
+
+
+def test_fields_of_the_user_are_not_overwritten():
+    """A record of an earlier evaluation loses what that evaluation has added. A field of the user's own is refused."""
+    for sampled, errors in ((True, {}), (False, {0: "why"})):
+        [record] = predictions.with_answers([{"id": 1, "mine": 2}], [["x", "y"]], {}, errors, sampled)
+        assert predictions.own_fields(record, "p") == {"id": 1, "mine": 2}
+    for key in predictions.ADDED:
+        with pytest.raises(InputError, match=f"^p: has the field '{key}', which predictions files use"):
+            predictions.own_fields({"id": 1, key: "mine"}, "p")
 
 
 def test_a_checkpoint_is_identified_by_its_model_files(mmau, tmp_path):
@@ -108,3 +123,14 @@ def test_a_journal_is_cut_where_it_is_torn(tmp_path, tail):
     Path(path).write_bytes(whole[:10])  # torn in its first line
     assert predictions.read_journal(path, settings, 4, 2) == {}
     assert Path(path).read_bytes() == whole.split(b"\n")[0] + b"\n"
+
+
+def test_a_journal_that_another_job_takes_over_stays_as_it_is(tmp_path):
+    """A job may load a large model while the other one begins the journal."""
+    path = tmp_path / "p.json.partial.jsonl"
+    path.write_text('{"half of a li')
+    with owning(tmp_path / OWNER):
+        (tmp_path / OWNER).write_text('{"token": "of another job"}')
+        with pytest.raises(InputError, match="another job has taken over"):
+            predictions.read_journal(str(path), {}, 1, 1)
+    assert path.read_text() == '{"half of a li' and len(list(tmp_path.iterdir())) == 2

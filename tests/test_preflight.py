@@ -1,5 +1,6 @@
 """Checks before a model is loaded: all bad clips in one message, good clips remembered, long clips counted."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -8,9 +9,18 @@ import numpy as np
 import pytest
 import soundfile
 
+import data
+from data import Question
 from infra.errors import InputError
-from training import preflight
-from training.preflight import check_headers, heard_seconds, load_checked, long_clips_note
+from training import preflight, toy_model
+from training.preflight import (
+    check_headers,
+    heard_seconds,
+    load_checked,
+    long_clips_note,
+    special_tokens_in,
+    unrewardable,
+)
 
 
 @pytest.fixture
@@ -102,6 +112,66 @@ def test_a_damaged_cache_is_ignored(folder, content):
     cache.write_bytes(content.encode("utf-8", "surrogatepass"))
     assert len(bad(check_headers(clips(folder), cache))) == 26
     assert str(folder / "0.wav") in json.loads(cache.read_text())
+
+
+# ---- texts ----
+
+
+def ask(answer, *others, question="What?", place="q.jsonl, line 1"):
+    return Question("0", "a.wav", question, [answer, *others], answer, place=place)
+
+
+def test_every_special_token_is_found_by_name(tiny):
+    tokens = toy_model.SPECIAL_TOKENS
+    added = [token.content for token in tiny[1].tokenizer.added_tokens_decoder.values() if token.special]
+    assert sorted(added) == sorted(tokens)
+    for token in tokens:
+        for question in (ask("x", "y", question=f"Why {token}?"), ask(f"x{token}", "y"), ask("x", token)):
+            [line] = special_tokens_in([ask("x", "|im_end|"), question], added)
+            assert line.startswith(f"q.jsonl, line 1: has the special token {token};")
+
+
+@pytest.mark.parametrize("template", ["direct", "answer", "think"])
+def test_right_answers_in_any_script_can_be_rewarded(tiny, template):
+    """Decomposed text, marks, joiners, several lines, quotes, backslashes, emoji: the rewards see what was asked."""
+    answers = [
+        "dog",
+        "cafe\u0301",
+        "caf\u00e9",
+        "दिन",
+        "क्\u200dष",
+        "犬の\u3000声",
+        "10\u00a0km",
+        "C:\\new",
+        "+",
+        "C#",
+        "🎵",
+    ]
+    answers += ['it\'s "it"', " a dog ", "dog\n", "مرحبا", "\u1100\u1161", "½", "\u2460", "a<b", "</s>", "one\ntwo"]
+    assert unrewardable(tiny[1], [ask(answer, "other") for answer in answers], template, 100) == []
+
+
+def test_right_answers_that_cannot_be_rewarded_are_listed_with_the_reason(tiny):
+    long = tiny[1].tokenizer("<answer>a dog and a dog</answer>")["input_ids"]
+    questions = [
+        ask("a dog and a dog", "cat", place="p1"),
+        ask("</answer>", "x", place="p2"),
+        ask("dog", "cat", place="p3"),
+    ]
+    questions += [dataclasses.replace(ask("dog", "cat", place="p4"), answer="Dog")]
+    questions += [dataclasses.replace(ask("dog", "cat", place="p5"), answer=None)]
+    lines = unrewardable(tiny[1], questions, "answer", len(long) - 1)
+    assert [line.split(":")[0] for line in lines] == ["p1", "p2", "p4"]
+    assert f"it takes {len(long)} tokens, more than --max_new_tokens {len(long) - 1}" in lines[0]
+    assert "the right answer '</answer>' cannot be given exactly: the rewards do not find it" in lines[1]
+    assert "is not literally among the choices" in lines[2]
+    assert len(unrewardable(tiny[1], questions, "answer", len(long))) == 2
+
+
+def test_an_answer_that_the_prompt_does_not_show_is_listed(tiny, monkeypatch):
+    monkeypatch.setitem(data.TEMPLATES, "answer", "{question} Answer.")
+    [line] = unrewardable(tiny[1], [ask("dog", "cat")], "answer", 100)
+    assert line.endswith("the prompt does not show it as it has to be written")
 
 
 # ---- lengths of clips ----

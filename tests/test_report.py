@@ -15,7 +15,7 @@ import pytest
 
 from data import Question
 from evaluation import report
-from evaluation.scores import mcnemar_exact, wilson_interval
+from evaluation.scores import compare, mcnemar_exact, wilson_interval
 from infra.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -118,6 +118,40 @@ def test_of_equally_good_checkpoints_the_earliest_is_best(tmp_path):
     lines = report_lines(tmp_path, [0, 0, 1], [1, 1, 0], [0, 1, 1])
     assert lines[4] == "best: step_000001 with 66.67%"
     assert "2 of the 2 other checkpoints" in lines[5] and "step_000002 (p = 1.0000)" in lines[5]
+
+
+NOT_APART = "MMAU's rule cannot tell the choices of 2 questions apart: s0, s1"
+
+
+def test_questions_that_the_rule_cannot_tell_apart_have_a_second_figure_everywhere(tmp_path, capsys):
+    """In the table of a checkpoint, in that of its ablations, in a run's report, in a comparison and on the page."""
+    questions = [Question(f"s{i}", f"{i}.wav", "What?", ["+", "-"], "+-"[i]) for i in range(2)]
+    records = [{"id": q.id, "audio_id": q.audio, "question": q.question, "choices": q.choices, "answer": q.answer,
+                "model_prediction": "+", "completion": "+", "samples": ["+"]} for q in questions]  # fmt: skip
+    exact = [NOT_APART, "accuracy if exact comparison decides these: 50.00%"]
+    lines = report.checkpoint_report(questions, {"plain": records}, None, "")
+    assert lines[0].splitlines()[1].split()[1] == "0.00%" and lines[1:] == ["guessing would score 0.00%", *exact]
+    lines = report.checkpoint_report(questions, {"plain": records, "silence": records}, None, "")
+    assert lines[1:] == [NOT_APART, exact[1].replace("50.00%", "plain 50.00%, silence 50.00%")]
+    (tmp_path / "p.json").write_text(json.dumps(records))
+    results = [(step, str(tmp_path / "p.json")) for step in (1, 2)]
+    assert report.run_report(tmp_path, results, "of what").splitlines()[-2:] == [
+        NOT_APART, exact[1].replace("50.00%", "step_000001 50.00%, step_000002 50.00%")
+    ]  # fmt: skip
+    assert compare(*2 * [str(tmp_path / "p.json")]).splitlines()[-2:] == [
+        NOT_APART, exact[1].replace("50.00%", "A 50.00%, B 50.00%")
+    ]  # fmt: skip
+    report.write_html(str(tmp_path / "a.html"), questions, records, "")
+    assert Page((tmp_path / "a.html").read_text()).texts["p"][1:3] == exact
+
+
+def test_samples_and_answers_are_spelled_like_their_choices(tmp_path):
+    records = [{"model_prediction": "the\u0301", "completion": "th\u00e9", "samples": ["th\u00e9", "the\u0301"]}]
+    questions = [Question("0", "a.wav", "What?", ["the\u0301", "tea"], answer) for answer in ("the\u0301", "th\u00e9")]
+    samples = report.checkpoint_report(questions[:1], {"plain": records}, 2, "")[3].splitlines()
+    assert samples[1].split()[-1] == "100.00%"  # pass@1
+    report.write_html(str(tmp_path / "a.html"), questions[1:], records, "")
+    assert '<li class="answer predicted">the\u0301 ' in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_a_single_checkpoint_of_other_tasks(tmp_path, drawn):
@@ -249,7 +283,7 @@ def test_page_has_the_table(page):
     assert [cells[i : i + 4 : 3] for i in range(4, len(cells), 4)] == [
         ["sound", "1/1"], ["music", "1/3"], ["hip 'hop' & \"b\"", "0/1"], ["easy", "3/6"]
     ]  # fmt: skip
-    assert "Guessing would score 33.33%." in shown.texts["p"]
+    assert "guessing would score 33.33%" in shown.texts["p"]
 
 
 def test_page_without_answers(tmp_path):

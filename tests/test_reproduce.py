@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from forked import another_owner
 
 import reproduce
 from paper import commands, estimate, rows
@@ -299,6 +300,22 @@ def test_damaged_files(stubs, tmp_path, monkeypatch, capfd):
         assert command_line(monkeypatch, *rows) == 1
         error = capfd.readouterr().err
         assert error.startswith("reproduce.py: error: t/reproduce.json: damaged (") and error.count("\n") == 1
+
+
+def test_a_table_and_its_rows_have_one_owner(stubs, tmp_path, monkeypatch, capfd):
+    """Refused in one line: a second reproduce.py, and one whose predecessor was killed and left a script running."""
+    flags = ("--out", "t", "--rows", "sft_full")
+    owned = ["t/owner.json", "t/seed_0/sft_full/run/owner.json", "t/seed_0/sft_full/predictions.json.owner.json"]
+    for name in owned:
+        with another_owner(name):
+            before = set(Path("t/seed_0").rglob("*"))
+            assert command_line(monkeypatch, "--dry_run", *flags) == 0  # reads only
+            assert command_line(monkeypatch, *flags) == 1
+            printed = capfd.readouterr()
+            assert printed.err.startswith(f"reproduce.py: error: {name}: another job (process ")
+            assert printed.err.count("\n") == 1 and not calls(stubs)
+            assert set(Path("t/seed_0").rglob("*")) - {Path("t/seed_0/base")} == before - {Path("t/seed_0/base")}
+    assert command_line(monkeypatch, *flags) == 0 and not list(tmp_path.rglob("*owner.json"))
 
 
 # ---- before the start ----

@@ -107,18 +107,40 @@ def test_rewards(completion, extracted, accuracy, answer_form, think_form):
         ("a|b", "<answer>a</answer>", 0),
         ("<b>", "<answer><b></answer>", 1),
         ("犬の声", "<answer> 犬の声 </answer>", 1),
-        ("caf\u00e9", "<answer>cafe\u0301</answer>", 0),
+        ("caf\u00e9", "<answer>cafe\u0301</answer>", 1),
+        ("cafe\u0301", "<answer>caf\u00e9</answer>", 1),
+        ("cafe", "<answer>caf\u00e9</answer>", 0),
+        ("\u2460", "<answer>1</answer>", 0),  # NFKC would make them equal
         ("Straße", "<answer>STRASSE</answer>", 0),
         (" dog\n", "<answer>dog</answer>", 1),
         ("a  dog", "<answer>a dog</answer>", 0),
         ("1/2", "<answer>0.5</answer>", 0),
         ("", "<answer> </answer>", 1),
         ("one\ntwo", "one\ntwo\n", 1),
+        ("one\ntwo", "<answer>one\ntwo</answer>", 1),
+        ("one\ntwo", "<answer>\none\ntwo</answer>.", 1),
+        ("one\ntwo", "<answer>one two</answer>", 0),
+        ("two", "<answer>\ntwo</answer>", 0),
     ],
 )
 def test_accuracy_compares_literally(answer, completion, accuracy):
-    """Exact equality of the stripped texts: no pattern, no folding of case or unicode, no arithmetic."""
+    """Exact equality of the stripped texts in NFC: no pattern, no folding of case, no arithmetic.
+
+    The paper's expression reads one line. An answer of several lines is read across lines, any other as in the paper.
+    """
     assert accuracy_reward(completion, answer) == accuracy
+
+
+def test_a_prediction_is_spelled_like_its_choice():
+    choices = ["cafe\u0301", "th\u00e9", "one\ntwo", " a dog"]
+    for completion, said in [
+        ("<answer>caf\u00e9</answer>", choices[0]),
+        ("the\u0301", choices[1]),
+        ("<answer>one\ntwo</answer>", choices[2]),
+        ("<answer>a dog</answer>", choices[3]),
+        ("<answer>A dog</answer>", "A dog"),
+    ]:
+        assert prediction(completion, choices) == said
 
 
 @pytest.mark.parametrize("template", ["", "Answer", "thinking", None])

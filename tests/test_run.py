@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 def settings(out, *flags):
     """Return the settings of a run of five steps with three questions each."""
-    given = ["--steps=5", "--prompts_per_rank=3", "--accumulation_steps=1", "--lr=0.5", "--max_new_tokens=4"]
+    given = ["--steps=5", "--prompts_per_rank=3", "--accumulation_steps=1", "--lr=0.5", "--max_new_tokens=8"]
     return grpo_aqa.parse_args(["--model=m", "--data=d", f"--out={out}", *given, *flags])
 
 
@@ -164,11 +164,13 @@ def test_the_next_good_question_replaces_one_with_a_bad_clip():
 
 
 def test_heldout_scores_equal_those_of_the_completions(begin, mmau, clean, monkeypatch):
-    monkeypatch.setattr(scores, "prediction", lambda text: prediction(text) if "a" in text else "rain")
+    monkeypatch.setattr(
+        scores, "prediction", lambda text, choices: prediction(text, choices) if "a" in text else "rain"
+    )
     model, processor = load_policy(str(mmau / "model"), torch.float32, CPU)
     questions = load_questions(str(mmau / "mmau.json"))
     texts = [record["completion"] for record in json.loads(clean.read_text())]
-    right = [mmau_match(q.answer, scores.prediction(t), q.choices) for q, t in zip(questions, texts)]
+    right = [mmau_match(q.answer, scores.prediction(t, q.choices), q.choices) for q, t in zip(questions, texts)]
     expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
     run = begin("--max_new_tokens=10")
     assert run.progress["before"] is None  # without held-out questions

@@ -12,12 +12,25 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_processes
-from training_runs import killed_in, lines, names
+from training_runs import killed_in, lines, names, snapshot
 
+import grpo_aqa
 from infra.errors import InputError
+from infra.ownership import OWNER, owning
+from model.checkpoints import identify_model, save_checkpoint
 from training import run_folder
 from training.optimizer import ShardedAdamW, clip_scale
-from training.run_folder import find_state, load_state, open_run, save_run, save_state, what_is_saved, writing_run
+from training.run import check_inputs
+from training.run_folder import (
+    check_model_stays,
+    find_state,
+    load_state,
+    open_run,
+    save_run,
+    save_state,
+    what_is_saved,
+    writing_run,
+)
 
 # ---- what a run has saved ----
 
@@ -171,6 +184,89 @@ def test_a_checkpoint_that_a_resume_keeps_stays(save, tmp_path):
     assert names(tmp_path) == ["step_000005"] and names(tmp_path / "resume") == ["step_000006"]
 
 
+# ---- the model of a run ----
+
+
+def make_model(folder, base=None):
+    """Make a folder that looks like a model's, or like an adapter's if it has a base."""
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base)} if base else {"model_type": "qwen2_audio"}
+    (folder / ("adapter_config.json" if base else "config.json")).write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_text("")
+    return folder
+
+
+def model_in(place):
+    return lambda out: make_model(out / place)
+
+
+def adapter_of(place):
+    """An adapter whose base is an adapter of a model in the run folder."""
+    return lambda out: make_model(out.with_name("second"), make_model(out.with_name("first"), make_model(out / place)))
+
+
+def linked(out):
+    link = out.with_name("link")
+    link.symlink_to(make_model(out / "step_000001" / "base"))
+    return link
+
+
+IN_THE_WAY = {
+    "a checkpoint": model_in("step_000100"),
+    "an unfinished one": model_in("step_000100.unfinished"),
+    "in resume": model_in("resume/kept/base"),
+    "by another path": linked,
+    "an adapter's base": adapter_of("step_000100"),
+}
+
+
+@pytest.mark.parametrize("place", IN_THE_WAY)
+def test_a_model_that_the_run_would_move_or_remove_is_refused(tmp_path, place):
+    out = tmp_path / "run"
+    model = IN_THE_WAY[place](out)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=f"{out}: the run would move or remove the model it starts from, .*--out"):
+        check_model_stays(out, str(model))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", [model_in("."), lambda out: make_model(out, base="some/model")])
+def test_a_run_in_the_folder_of_a_model_is_refused(tmp_path, place):
+    """It would overwrite the model's config.json, even if it trains another model."""
+    out = tmp_path / "run"
+    for model in (place(out), "some/model"):
+        with pytest.raises(InputError, match="run: no run has written its config.json, .*--out"):
+            check_model_stays(out, str(model))
+
+
+def test_a_model_that_the_run_does_not_touch_stays(tmp_path):
+    """The toy's base lies in its run folder, and a new run leaves the folders of earlier ones as they are."""
+    out = tmp_path / "run"
+    for place in (model_in("base"), model_in("earlier_1/step_000100"), adapter_of("earlier_2/step_000100")):
+        check_model_stays(out, str(place(out)))
+    (out / "config.json").write_text("{")
+    (out / "step_000100").symlink_to("missing")
+    for model in (out / "base", "some/model"):
+        check_model_stays(out, str(model))
+
+
+def test_a_run_checks_its_model_at_the_start_and_records_its_files(one_rank, tmp_path, tiny, questions, capsys):
+    save_checkpoint(tmp_path / "base", *tiny)
+    records = [dict(audio=q.audio, question=q.question, choices=q.choices, answer=q.answer) for q in questions]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    args = grpo_aqa.parse_args([f"--model={tmp_path}/base", f"--data={tmp_path}/q.json", f"--out={tmp_path}/run"])
+    args.heldout = str(tmp_path / "heldout.json")  # whose right answers need not be among the choices, as in MMAU
+    (tmp_path / "heldout.json").write_text(
+        json.dumps([dict(records[0], id=0, audio_id=records[0]["audio"], answer="B")])
+    )
+    config, *_ = check_inputs(args, "GRPO", [])
+    assert "record 1: the right answer 'B' cannot be given exactly" in capsys.readouterr().out
+    assert config["model_files"] == identify_model(args.model) and "model.safetensors" in config["model_files"]
+    args.out = args.model
+    with pytest.raises(InputError, match="base: no run has written its config.json"):
+        check_inputs(args, "GRPO", [])
+
+
 # ---- resuming ----
 
 
@@ -226,12 +322,16 @@ def test_leftovers_of_a_save_are_removed_before_disk_space_is_checked(saved, tin
     assert json.loads((out / "config.json").read_text()) == config | met | {"version": run_folder.VERSION}
 
 
-def test_a_state_that_another_job_saves_meanwhile_is_an_error(saved, tiny):
+def test_a_folder_that_another_job_takes_over_meanwhile_stays_as_it_is(saved, tiny):
+    """A job may load a large model while the other one starts."""
     out, config, state = saved
-    (out / "resume" / "step_000004.unfinished").rename(out / "resume" / "step_000004")
-    with pytest.raises(InputError, match="another job"):
-        open_run(out, config, state, tiny[0])
-    assert len(lines(out / "metrics.jsonl")) == 4 and names(out / "resume")[-1] == "step_000004"
+    with owning(out / OWNER):
+        (out / OWNER).write_text('{"token": "of another job"}')
+        before = snapshot(out), set(out.rglob("*"))
+        for found in (state, None):
+            with pytest.raises(InputError, match="another job has taken over"):
+                open_run(out, config, found, tiny[0])
+        assert (snapshot(out), set(out.rglob("*"))) == before
 
 
 def test_a_resume_may_find_the_same_questions_in_another_folder(saved):
@@ -240,6 +340,31 @@ def test_a_resume_may_find_the_same_questions_in_another_folder(saved):
     assert find_state(out, config | moved, resume=True) == state
     with pytest.raises(InputError, match="lr 1.0"):
         find_state(out, config | moved | {"lr": 2.0}, resume=True)
+
+
+def test_a_resume_needs_the_model_that_the_run_began_with(saved):
+    """The model may move. A run folder of an older version does not tell what its model was."""
+    out, config, state = saved
+    assert find_state(out, config | {"model_files": {"config.json": "9 bytes"}}, resume=True) == state
+    began = config | {
+        "model": "base",
+        "model_files": {"config.json": "9 bytes", "model.safetensors": "8 bytes, SHA-256 a"},
+    }
+    (out / "config.json").write_text(json.dumps(began | {"version": run_folder.VERSION}))
+    assert find_state(out, began | {"model": "/scratch/base"}, resume=True) == state
+    now = began | {"model_files": began["model_files"] | {"model.safetensors": "8 bytes, SHA-256 b"}}
+    for again in (dict(resume=True), dict(resume=False)):  # by hand, and by torchrun
+        with pytest.raises(
+            InputError, match="base, has changed since .* .these files differ: model.safetensors.; restore"
+        ):
+            find_state(out, now, **again)
+    (out / "config.json").write_text(
+        json.dumps(began | {"version": run_folder.VERSION, "model_files": {"commit": "a"}})
+    )
+    with pytest.raises(
+        InputError, match="at commit b, and was at a.; give .* `hf download base --revision a` prints, or"
+    ):
+        find_state(out, began | {"model_files": {"commit": "b"}}, resume=True)
 
 
 def test_a_folder_that_nodes_do_not_share_is_recognized_by_its_content(tmp_path):

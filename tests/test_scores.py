@@ -6,6 +6,7 @@ import math
 import random
 import re
 import statistics
+import unicodedata
 from fractions import Fraction
 
 import pytest
@@ -362,7 +363,59 @@ def test_reading_predictions(tmp_path):
         scores.read_predictions(write_predictions(tmp_path / "c", A, model_prediction={0: None}))
 
 
+# ---- questions whose choices the rule cannot tell apart ----
+
+APART = [  # choices, answer, whether MMAU's rule tells them apart, share of the choices that it calls right
+    (["dog", "cat"], "dog", True, 1 / 2),
+    (["a dog", "a dog", "a cat", "a cow", "a hen"], "a dog", True, 2 / 5),
+    (["a cat", "a cat", "a dog"], "a dog", True, 1 / 3),
+    (["+", "-"], "+", False, 0),
+    (["C", "C#"], "C#", False, 1),
+    (["rain, then wind", "wind, then rain", "rain"], "wind, then rain", False, 2 / 3),
+    (["\u0926\u093f\u0928", "\u0926\u093e\u0928"], "\u0926\u093f\u0928", False, 1),  # Hindi: day, gift
+    (["ninety", "ninety-one hundred and ninety"], "ninety", True, 1 / 2),
+    (["th\u00e9", "caf\u00e9"], "th\u00e9", True, 1 / 2),
+    (["the\u0301", "tea"], "th\u00e9", False, 0),  # the rule does not know that both spell the same word
+    (["dogs!", "cat"], "Dogs", True, 1 / 2),
+    (["Rain", "Wind"], "(B) Wind", True, 0),  # no choice is the answer: exact comparison could not decide either
+]
+
+
+@pytest.mark.parametrize("choices, answer, apart, share", APART)
+def test_exact_comparison_where_the_rule_fails(choices, answer, apart, share):
+    question = Question("7", "a.wav", "What?", choices, answer)
+    assert scores.is_told_apart(question) is apart
+    assert scores.guessing([question]) == pytest.approx(share)
+    assert share == pytest.approx(sum(mmau_match(answer, choice, choices) for choice in choices) / len(choices))
+    if not apart:
+        verdicts = [scores.is_right_exactly(question, choice) for choice in choices]
+        assert verdicts == [unicodedata.normalize("NFC", choice) == answer for choice in choices]
+    else:
+        assert scores.is_right_exactly(question, f"It is {answer}!") == scores.is_right(question, f"It is {answer}!")
+
+
+def test_both_figures_stand_side_by_side(tmp_path):
+    """MMAU's own figure stays. A second, labelled one follows, with the ids of the questions."""
+    signs = [Question(f"s{i}", "a.wav", "What?", ["+", "-"], "+") for i in range(3)]
+    questions = [*make_questions(5), *signs]
+    right = [q.known_answer for q in questions]
+    lines = scores.exact_figures(questions, {"": right})
+    assert lines == ["MMAU's rule cannot tell the choices of 3 questions apart: s0, s1, s2",
+                     "accuracy if exact comparison decides these: 100.00%"]  # fmt: skip
+    wrong = ["dog", *right[1:]] if right[0] != "dog" else ["cat", *right[1:]]
+    assert scores.exact_figures(questions, {"x": right, "y": wrong})[1].endswith("these: x 100.00%, y 87.50%")
+    assert scores.exact_figures(make_questions(5), {"": right[:5]}) == []
+
+
 # ---- held-out questions ----
+
+
+def test_exact_comparison_decides_held_out_questions_that_the_rule_cannot_tell_apart():
+    questions = [Question(str(i), "a.wav", "What?", ["+", "-"], "+-"[i % 2]) for i in range(4)]
+    assert scores.score_answers(questions, [["<answer>+</answer>"]] * 4, "answer") == (0.5, 1.0)
+    table = scores.heldout_table(questions, {"after": (0.5, 1.0)})
+    assert cells(table.splitlines()[1]) == ["guessing", "0.500"]
+    assert table.endswith("the choices of 4 questions apart: 0, 1, 2, 3; exact comparison decides these")
 
 
 def test_heldout_scores():

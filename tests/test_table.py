@@ -18,11 +18,11 @@ def expected(name, seed):
     return [(i * 7 + seed) % 10 < METHODS[name.split("_")[0]] for i in range(40)]
 
 
-def finish(job):
-    """Write the predictions of a finished job."""
+def finish(job, **changes):
+    """Write the predictions of a finished job. changes: a key's value for all questions."""
     records = [
         {"id": str(i), "audio_id": "a.wav", "question": f"What is {i}?", "choices": ["dog", "cat", "cow"],
-         "answer": "dog", "task": TASKS[i % 3], "model_prediction": "dog" if right else "nothing of these"}
+         "answer": "dog", "task": TASKS[i % 3], "model_prediction": "dog" if right else "nothing of these"} | changes
         for i, right in enumerate(expected(job.row.name, job.seed))
     ]  # fmt: skip
     job.folder.mkdir(parents=True)
@@ -88,6 +88,19 @@ def test_paper_columns_stand_beside_the_real_model(real):
     for title in ("SFT, full", "SFT, LoRA", "untouched, answer", "untouched, think", "GRPO, direct"):
         assert shown[title] == ["", "", "", ""]
     assert "±" in text and "[" in text.split("untouched, think")[1].splitlines()[0]  # one seed: an interval
+
+
+def test_questions_that_the_rule_cannot_tell_apart_have_a_second_figure(real):
+    """The other figures stay MMAU's. Guessing is the share of choices that the rule calls right."""
+    jobs = rows.jobs(real, seeds=1, names=["untouched_answer", "sft_full"])
+    for job in jobs:
+        finish(job, choices=["C", "C#"], answer="C#", model_prediction="C#" if job.row.script else "C")
+    text = table.write_table(real, jobs, picture=False)
+    lines = [line for line in text.splitlines() if line.startswith("- MMAU's") or line.startswith("- accuracy")]
+    assert lines[0].startswith("- MMAU's rule cannot tell the choices of 40 questions apart: 0, 1, 2, ")
+    assert lines[1].replace("\\", "").endswith("these: untouched_answer of seed 0 0.00%, sft_full of seed 0 100.00%")
+    shown = cells(text)
+    assert shown["untouched, answer"][3].startswith("100.00 ") and shown["guessing"][3] == "100.00"
 
 
 def test_unfinished_rows_are_named(real, tmp_path):

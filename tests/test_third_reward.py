@@ -23,7 +23,7 @@ status = START
 sys.exit(status)
 """
 TRAIN = 'grpo_aqa.run_training(grpo_aqa.parse_args(), "grpo_aqa.py", "GRPO", grpo_aqa.train)'
-FLAGS = ["--model=base", "--data=questions.jsonl", "--steps=2", "--prompts_per_rank=2", "--max_new_tokens=6",
+FLAGS = ["--model=base", "--data=questions.jsonl", "--steps=2", "--prompts_per_rank=2", "--max_new_tokens=8",
          "--log_completions_every=1", "--reward_weights=format=1,brevity=0.5", "--out=third"]  # fmt: skip
 
 

@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+from forked import another_owner
 
 import toy
+from infra.errors import InputError
 from training import toy_model
 from training.toy_world import write_world
 
@@ -33,6 +35,14 @@ def test_command_with_the_users_questions(questions, tmp_path, monkeypatch, caps
     listen(monkeypatch, "--listen", "--questions", "mine.json", "--out", "mine.png")
     assert "picture: mine.png" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json", "mine.png"]
+
+
+def test_two_commands_with_one_out(questions, tmp_path, monkeypatch):
+    records = [{"audio": q.audio, "question": "?", "choices": ["a", "b"], "answer": "a"} for q in questions]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    with another_owner(tmp_path / "base.owner.json"), pytest.raises(InputError, match="another job .process"):
+        listen(monkeypatch, "--questions", tmp_path / "mine.json", "--out", tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.json"]
 
 
 @pytest.mark.parametrize(

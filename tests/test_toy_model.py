@@ -1,8 +1,12 @@
 """The toy's world is complete or missing. The targets of the warm start earn the format reward."""
 
+import time
+
 import pytest
+from forked import another_owner
 
 from data import TEMPLATES
+from infra.errors import InputError
 from reward import extract_answer, format_reward, prediction
 from training import toy_model
 from training.toy_world import write_world
@@ -30,6 +34,43 @@ def test_make_world_is_complete_or_missing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "world"]
     toy_model.make_world(tmp_path / "world")  # found, not changed
     assert contents(tmp_path / "world") == made
+
+
+@pytest.mark.parametrize("ended", ["complete", "killed"])
+def test_two_jobs_make_the_toy_once(tmp_path, monkeypatch, ended):
+    """The second one waits for the first. If the first one was killed, the second one makes the toy."""
+    made = []
+    monkeypatch.setattr(toy_model, "write_world", lambda folder, **change: write_world(folder, 4, 4, **change))
+    monkeypatch.setattr(toy_model, "make_base", lambda questions, out: made.append(out.mkdir()))
+    for name in ("world", "base"):
+
+        def end(seconds):
+            if ended == "complete":
+                (tmp_path / name).mkdir()
+            else:
+                job.kill()
+            job.communicate()
+
+        monkeypatch.setattr(time, "sleep", end)
+        with another_owner(tmp_path / f"{name}.owner.json") as job:
+            (tmp_path / f"{name}.unfinished").mkdir()
+            if name == "world":
+                toy_model.make_world(tmp_path / name)
+                monkeypatch.setattr(toy_model, "load_questions", lambda path: [])
+            else:
+                toy_model.make_toy(tmp_path)
+    assert len(made) == (ended == "killed") and (tmp_path / "world" / "train.jsonl").exists() == (ended == "killed")
+    left = {path.name for path in tmp_path.iterdir()} - {"base.unfinished"}
+    assert left == {"base", "world"} | ({"world.unfinished"} if ended == "complete" else set())
+
+
+def test_a_world_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def full(folder, **change):
+        raise RuntimeError("Error opening '0.wav': System error.")  # soundfile's errors
+
+    monkeypatch.setattr(toy_model, "write_world", full)
+    with pytest.raises(InputError, match="world: could not be written .Error opening '0.wav': System error.*; check"):
+        toy_model.make_world(tmp_path / "world")
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

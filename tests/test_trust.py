@@ -102,7 +102,7 @@ class Elements(html.parser.HTMLParser):
 
 def page(folder, text):
     """Return a page that has `text` in every field."""
-    choices = [text, f"{text} too"]
+    choices = [text, f"{text}!"]  # the same words: also the lines about such choices are in the page
     question = Question(text, f"clips/{text}.wav", text, choices, text, task=text, difficulty=text, sub_category=text)
     records = [
         {"model_prediction": text, "completion": text, "error": text},

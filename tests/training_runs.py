@@ -170,9 +170,9 @@ def metrics(out):
 
 
 def snapshot(folder):
-    """Return path -> (modification time, content) of all files but unfinished saves and the cache of audio headers."""
+    """Return path -> (modification time, content) of all files but unfinished saves, audio headers and the owner."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".unfinished" not in str(path)]
-    files = [path for path in files if path.name != "audio_headers.json"]
+    files = [path for path in files if path.name not in ("audio_headers.json", "owner.json")]
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from data import Question, build_prompt
-from infra.files import replacing, write_text
+from infra.files import write_text
+from infra.pictures import save_picture
 from reward import REWARDS
 
 # ---- one line at a time ----
@@ -139,8 +140,7 @@ def draw_curves(out: Path) -> None:
         axes[1, -1].set_axis_off()
         axes[0, -1].tick_params(labelbottom=True)
         axes[0, -1].set_xlabel("step")
-    with replacing(out / "curves.png") as unfinished:
-        figure.savefig(unfinished, dpi=90, format="png")
+    save_picture(figure, out / "curves.png", dpi=90)
     del figure, axes, axis
     gc.collect()  # a figure is full of reference cycles: some MB that would stay for long
 

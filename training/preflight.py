@@ -1,4 +1,4 @@
-"""Checks before a model is loaded: the question file, the header and last sample of each clip, the prompts' lengths.
+"""Checks before a model is loaded: the question file, the header and last sample of each clip, prompts and answers.
 
 Two thousand of 38,000 clips from the web may be missing or cut off. One message reports all problems before training
 starts.
@@ -7,21 +7,25 @@ starts.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
-from data import Question, build_prompt, find_questions
+from data import Question, answer_is_a_choice, build_prompt, find_questions, target_text
 from infra.audio import SAMPLE_RATE, audio_package, audio_seconds, load_audio
 from infra.errors import InputError, list_problems
 from infra.files import write_text
-from model.checkpoints import loading_errors
+from model.checkpoints import load_processor, loading_errors
 from model.lora import base_of
 from model.qwen2_audio import TOKENS_PER_SECOND
+from policy import decode_text, encode_targets
+from reward import accuracy_reward, composed, format_reward
 
 CACHE = "audio_headers.json"  # in a run folder
 MARKUP_TOKENS = 48  # upper bound of the chat markup's tokens
@@ -111,7 +115,8 @@ def check_headers(paths: list[str], cache: Path | None = None) -> Clips:
     found = dict(zip(paths, _in_threads(check, paths, "checking audio headers")))
     good = {os.path.abspath(path): entry for path, (entry, fault) in found.items() if fault is None}
     if cache and not good.items() <= known.items():
-        write_text(cache, json.dumps(known | good) + "\n")
+        with suppress(OSError):  # it is only a cache, and another job may be writing it, too
+            write_text(cache, json.dumps(known | good) + "\n")
     return {path: (fault, entry[-1] if entry else 0.0) for path, (entry, fault) in found.items()}
 
 
@@ -173,8 +178,72 @@ def _model_config(name_or_path: str):
         return AutoConfig.from_pretrained(base, trust_remote_code=False)
 
 
-def check_context(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int) -> None:
-    """Raise InputError if a prompt and its longest completion do not fit into the model's context. Loads no weights.
+def check_texts(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int, strict: bool) -> None:
+    """Check that prompts and answers fit a model. Loads its tokenizer, but no weights.
+
+    Raises InputError, which lists questions with a special token, prompts that are too long and, if `strict`, right
+    answers that cannot be rewarded. Training is strict. An evaluation only prints these answers: it takes a published
+    benchmark as it is, and MMAU's rule forgives other texts.
+    """
+    processor = load_processor(name_or_path)
+    added = processor.tokenizer.added_tokens_decoder.values()
+    if problems := special_tokens_in(questions, [token.content for token in added if token.special]):
+        raise InputError(list_problems(problems))
+    check_context(name_or_path, processor, questions, template, max_new_tokens)
+    problems = unrewardable(processor, questions, template, max_new_tokens)
+    heading = f"{len(problems)} of {len(questions)} right answers cannot be given exactly" if problems[1:] else ""
+    if problems and strict:
+        raise InputError(list_problems(problems, heading))
+    if problems:
+        print(list_problems(problems, heading, "; MMAU's rule scores them as they are"), flush=True)
+
+
+def special_tokens_in(questions: list[Question], tokens: list[str]) -> list[str]:
+    """Return a line for each question that holds a special token: the model would read it as markup, not as text."""
+    special, problems = re.compile("|".join(map(re.escape, tokens))), []
+    for question in questions:
+        if found := special.search("\n".join([question.question, *question.choices])):
+            problems.append(f"{question.place}: has the special token {found[0]}; take it out, or write it otherwise")
+    return problems
+
+
+def unrewardable(processor, questions: list[Question], template: str, max_new_tokens: int) -> list[str]:
+    """Return a line, with the reason, for each question whose right answer cannot earn both rewards.
+
+    The right completion of each distinct answer takes the way of any completion: tokens, then the text that the rewards
+    see.
+    """
+    answers = list(dict.fromkeys(q.answer for q in questions if q.answer is not None))
+    reasons: dict[str, str] = {}
+    for start in range(0, len(answers), 100):
+        some = answers[start : start + 100]
+        thought = "<think></think>" if template == "think" else ""
+        targets = [thought + target_text(answer, "answer" if thought else template) for answer in some]
+        tokens, mask = encode_targets(processor, targets)
+        texts, lengths = decode_text(processor, tokens, mask), (mask.sum(dim=1) - 1).tolist()  # without end of turn
+        for answer, text, length in zip(some, texts, lengths):
+            if not accuracy_reward(text, answer) * format_reward(text, template):
+                reasons[answer] = f"the rewards do not find it in the right completion, {text!r:.200}"
+            elif length > max_new_tokens:
+                reasons[answer] = f"it takes {length} tokens, more than --max_new_tokens {max_new_tokens}"
+    problems = []
+    for question in questions:
+        if question.answer is None:
+            continue
+        reason = reasons.get(question.answer)
+        if not answer_is_a_choice(question):
+            reason = "it is not literally among the choices"
+        elif composed(question.answer) not in composed(build_prompt(question, template)):
+            reason = "the prompt does not show it as it has to be written"
+        if reason:
+            problems.append(
+                f"{question.place}: the right answer {question.answer!r:.100} cannot be given exactly: {reason}"
+            )
+    return problems
+
+
+def check_context(name_or_path: str, processor, questions: list[Question], template: str, max_new_tokens: int) -> None:
+    """Raise InputError if a prompt and its longest completion do not fit into the model's context.
 
     A prompt has at most as many text tokens as bytes, so tokens are counted only if the bytes do not fit.
     """
@@ -186,10 +255,6 @@ def check_context(name_or_path: str, questions: list[Question], template: str, m
         )
     spare, longest = context - max_new_tokens - MARKUP_TOKENS, _heard_seconds(config)
     long = [q for q in questions if len(build_prompt(q, template).encode()) + longest * TOKENS_PER_SECOND > spare]
-    if not long:
-        return
-    with loading_errors(name_or_path):
-        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     problems = []
     for question in long:
         text = processor.tokenizer(build_prompt(question, template))["input_ids"]

@@ -21,6 +21,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from evaluation.answering import answer_questions
 from evaluation.scores import heldout_table, score_answers
 from infra.errors import SHOWN, InputError
 from infra.files import check_folder
+from infra.ownership import OWNER, owning
 from infra.processes import (
     Clock,
     SharedInputError,
@@ -50,7 +52,7 @@ from infra.processes import (
     require_gpu_each,
     setup_distributed,
 )
-from model.checkpoints import check_model, load_on_all_ranks, pick_dtype
+from model.checkpoints import check_model, identify_model, load_on_all_ranks, pick_dtype
 from model.lora import add_lora
 from model.qwen2_audio import TOKENS_PER_SECOND, Prompt, freeze_audio_tower
 from policy import BadClip, encode_ahead, listen, to_device
@@ -60,12 +62,21 @@ from training.preflight import (
     CACHE,
     MARKUP_TOKENS,
     Checked,
-    check_context,
+    check_texts,
     heard_seconds,
     load_checked,
     long_clips_note,
 )
-from training.run_folder import find_state, load_state, note_bad_clips, open_run, save_run, what_is_saved, writing_run
+from training.run_folder import (
+    check_model_stays,
+    find_state,
+    load_state,
+    note_bad_clips,
+    open_run,
+    save_run,
+    what_is_saved,
+    writing_run,
+)
 from training.settings import TOY_MODEL
 from training.toy_model import make_toy
 
@@ -77,9 +88,12 @@ def run_training(args: argparse.Namespace, script: str, method: str, train) -> i
     def work():
         if args.model != TOY_MODEL:
             require_gpu_each()
-        run = Run(args, method, device)
-        with memory_errors("the start"):  # later phases have names of their own
-            train(args, run)
+        with ExitStack() as owned:
+            on_rank_0(lambda: check_folder(Path(args.out)))
+            on_rank_0(lambda: owned.enter_context(owning(Path(args.out, OWNER))))
+            run = Run(args, method, device)
+            with memory_errors("the start"):  # later phases have names of their own
+                train(args, run)
 
     return finish_together(script, work, interrupted=lambda: what_is_saved(Path(args.out)))
 
@@ -87,13 +101,16 @@ def run_training(args: argparse.Namespace, script: str, method: str, train) -> i
 class Run:
     """One training run on one rank. All ranks call each method together."""
 
-    def __init__(self, args: argparse.Namespace, method: str, device: torch.device):
-        """Check the inputs before any weights are loaded. method: "GRPO" or "SFT". Raises SharedInputError."""
+    def __init__(self, args: argparse.Namespace, method: str, device: torch.device, strict: bool = True):
+        """Check the inputs before any weights are loaded. Raises SharedInputError.
+
+        method: "GRPO" or "SFT". strict: refuse right answers that cannot be rewarded.
+        """
         self.args, self.method, self.device = args, method, device
         self.out = Path(args.out)
         self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions per step, all ranks
         started_by = launchers()
-        checked = on_rank_0(lambda: check_inputs(args, method, started_by))
+        checked = on_rank_0(lambda: check_inputs(args, method, started_by, strict))
         self.config, self.questions, self.heldout, self.state, self.longest_clip = checked  # the last one in seconds
         self.bad_clips: dict[str, str] = {}  # found by this rank in training: what is wrong, by Question.place
         self.progress: dict = {}  # step; position: questions used by all ranks; before: held-out scores before step 1
@@ -304,7 +321,7 @@ def _short(value: float | None) -> str:
 
 
 def check_inputs(
-    args: argparse.Namespace, method: str, started_by: list[str]
+    args: argparse.Namespace, method: str, started_by: list[str], strict: bool = True
 ) -> tuple[dict, list[Question], list[Question], Path | None, float]:
     """Make the toy if it is asked for, and check all inputs before any weights are loaded. Raises InputError.
 
@@ -315,6 +332,7 @@ def check_inputs(
         make_toy(Path(TOY_MODEL).parent)
     check_folder(Path(args.out))
     check_model(args.model)
+    check_model_stays(Path(args.out), args.model)
     training = load_checked(args.data, args.audio_dir, args.skip_bad_audio, Path(args.out, CACHE))
     heldout = Checked([], {}, {})
     if args.heldout:  # few enough to decode all of them
@@ -322,9 +340,11 @@ def check_inputs(
     heard = heard_seconds(args.model)
     if note := long_clips_note((training.seconds | heldout.seconds).values(), heard):
         print(note, flush=True)
-    check_context(args.model, training.questions + heldout.questions, args.template, args.max_new_tokens)
+    check_texts(args.model, training.questions, args.template, args.max_new_tokens, strict)
+    check_texts(args.model, heldout.questions, args.template, args.max_new_tokens, strict=False)
     config = vars(args) | {
         "method": method,
+        "model_files": identify_model(args.model),
         "heldout": args.heldout and os.path.abspath(args.heldout),  # eval_mmau.py finds it from any folder
         "questions_digest": digest(training.questions),
         "skipped_questions": len(training.skipped),

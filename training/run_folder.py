@@ -24,16 +24,18 @@ from infra.files import (
     write_text,
     writing,
 )
+from infra.ownership import require_ownership
 from infra.processes import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 from model.checkpoints import save_checkpoint
-from model.lora import lora_layers
+from model.lora import adapter_base, is_adapter, lora_layers
 from training.metrics import cut_jsonl, draw_curves
 
 # The files of a run, beside its checkpoints step_000100/, step_000200/, ...
 RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"]
 RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # Settings that may change when a run is resumed. They change results by rounding at most, or by LoRA's dropout. Only
-# another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same.
+# another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same. So
+# may the model: see _check_same_model.
 FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "save_state_every", "keep_last"}
 FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph"}
@@ -68,6 +70,39 @@ def writing_run(path: Path, out: Path):
 # ---- starting and continuing a run ----
 
 
+def check_model_stays(out: Path, model: str) -> None:
+    """Raise InputError if a run in `out` would overwrite, move or remove its model, or the base of its adapter."""
+    config = {}
+    with suppress(InputError):  # there is none, or it is damaged
+        config = _read_config(out)
+    if (config and "steps" not in config) or is_adapter(out):
+        raise InputError(f"{out}: no run has written its config.json, which may be a model's; change --out")
+    used = [path for name in (*RUN_FILES, "step_*") for path in out.glob(name) if path.exists()]
+    folder = Path(model).resolve()
+    for path in [folder, *folder.parents] if folder.is_dir() else []:
+        if any(path.samefile(other) for other in used):
+            raise InputError(f"{out}: the run would move or remove the model it starts from, {model}; change --out")
+    if is_adapter(model):
+        check_model_stays(out, adapter_base(model))
+
+
+def _check_same_model(out: Path, saved: dict, config: dict) -> None:
+    """Raise InputError if the files of the model are not those that the run began with. Older runs recorded none."""
+    then, now = saved.get("model_files", {}), config.get("model_files", {})
+    if not then or then == now:
+        return
+    if set(then) == set(now) == {"commit"}:
+        changed = f"it is at commit {now['commit']}, and was at {then['commit']}"
+        remedy = f"give as --model the folder that `hf download {saved['model']} --revision {then['commit']}` prints"
+    else:
+        changed = "these files differ: " + ", ".join(name for name in then | now if then.get(name) != now.get(name))
+        remedy = "restore them"
+    raise InputError(
+        f"{out}: cannot be resumed: the model under --model, {config['model']}, has changed since the run began "
+        f"({changed}); {remedy}, or name a new run with --out"
+    )
+
+
 def find_state(out: Path, config: dict, resume: bool) -> Path | None:
     """Return the folder of the newest complete state, or None if the run starts at step 1. Changes nothing.
 
@@ -87,8 +122,10 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
             f"{out}: cannot be resumed: its run folder has version {saved.get('version', 0)}, and this code writes "
             f"version {VERSION}; continue it with the code that began it, or name a new run with --out"
         )
+    _check_same_model(out, saved, config)
     # With another number of ranks, the share of each may change as well.
     free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved.get("world_size") else set())
+    free |= {"model", "model_files"} if "model_files" in saved else set()
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
         for name, value in saved.items()
@@ -123,8 +160,7 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
     """
 
     def change_folder():
-        if state and step_folders(out / "resume")[-1:] != [state]:
-            raise InputError(f"{out}: another job has just saved a state there; stop one of the two jobs")
+        require_ownership()
         for name in (*RUN_FILES, "step_*", "resume/step_*"):
             for unfinished in out.glob(name + UNFINISHED):
                 remove(unfinished)

@@ -99,7 +99,8 @@ def parse_settings(
     elif args.data is None:
         parser.error("--model needs --data, a file of training questions")
     if args.out is None:
-        args.out = defaults["out"].replace("<model's name>", Path(args.model).name)
+        name = Path(os.path.abspath(args.model) if os.path.isdir(args.model) else args.model).name  # abspath: for "."
+        args.out = defaults["out"].replace("<model's name>", name)
     if args.lr is None:
         args.lr = defaults["lr"] * (LORA_LR if args.lora_rank else 1)
     if args.save_state_every is None:

@@ -7,6 +7,7 @@ the form of an answer and is unsure of the answer itself. GRPO finds a real mode
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from transformers import (
 
 from data import AUDIO_TOKEN, TEMPLATES, Question, build_prompt, load_questions, target_text
 from infra.audio import audio_seconds
-from infra.files import begin_folder
+from infra.files import begin_folder, writing
+from infra.ownership import OWNER, owning, require_ownership
 from model.checkpoints import save_checkpoint
 from policy import completion_logprobs, encode_prompts, encode_targets
 from training.toy_world import write_world
@@ -133,8 +135,15 @@ def make_toy(folder: Path) -> None:
     """Make folder/world (sounds and questions) and folder/base (the warm-started model) unless they exist."""
     base, train, _ = paths(folder)
     make_world(train.parent)
-    if not base.exists():
-        make_base(load_questions(str(train)), base)
+    make_once(base, lambda: make_base(load_questions(str(train)), base))
+
+
+def make_once(folder: Path, make: Callable[[], None]) -> None:
+    """Call make() unless `folder` exists. If another job is making it, wait for that job."""
+    if not folder.exists():
+        with owning(Path(f"{folder}.{OWNER}"), patience=600):
+            if not folder.exists():
+                make()
 
 
 def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.0) -> None:
@@ -142,11 +151,16 @@ def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.
 
     The folder is complete or missing, even if the run is killed meanwhile.
     """
-    if not folder.exists():
+
+    def make():
         print(f"making sounds and questions in {folder}", flush=True)
-        unfinished = begin_folder(folder)
-        write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
-        unfinished.rename(folder)  # fails if another job was faster
+        with writing(folder, lambda: "check the disk, then try again"):
+            unfinished = begin_folder(folder)
+            write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
+            require_ownership()
+            unfinished.rename(folder)
+
+    make_once(folder, make)
 
 
 def make_base(

@@ -1,0 +1,114 @@
+"""One owner for each run folder, predictions file and table, so that two jobs never write to the same place.
+
+A job owns OUT or NAME while it holds a lock on the file OUT/owner.json or NAME.owner.json. It writes its host, its
+process id and a random token into the file. A second job is refused. The system drops the lock of a dead process, so
+the file of a dead job blocks nobody.
+
+Some network disks have no locks, or lose them. There the second job writes its own token into the file. The first job
+finds that token before its next write, and stops.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from infra.errors import InputError
+
+OWNER = "owner.json"
+LEASE = 120  # seconds; servers keep the locks of a dead host for about 90
+_tokens: dict[Path, str] = {}  # of this process, by owner file
+
+
+@contextmanager
+def owning(file: Path, patience: int = 0) -> Iterator[None]:
+    """Inside `with`, own the place of an owner file. One rank of a job calls this for all ranks.
+
+    Makes a missing folder, and removes it at the end if it is empty. patience: seconds to wait for another owner's end;
+    at least LEASE if that owner is on another host, which may be dead. Raises InputError if it does not end.
+    """
+    require_ownership()
+    new_folder = not file.parent.exists()
+    descriptor, token = _lock(file, patience), uuid.uuid4().hex
+    since = datetime.now().astimezone().isoformat(" ", "seconds")
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": since, "token": token}
+    text = json.dumps(owner).ljust(1000).encode()
+    try:
+        # All texts have one length: if two jobs write at once, the file holds one of the texts, not parts of both.
+        os.ftruncate(descriptor, len(text))
+        os.pwrite(descriptor, text, 0)
+        os.fsync(descriptor)
+        _tokens[file] = token
+        yield
+    finally:
+        _tokens.pop(file, None)
+        if _read(file).get("token") == token:
+            file.unlink()
+        os.close(descriptor)  # drops the lock
+        if new_folder:
+            with suppress(OSError):  # not empty
+                file.parent.rmdir()
+
+
+def _lock(file: Path, patience: int) -> int:
+    """Open and lock an owner file; only open it if its disk has no locks. Returns the descriptor. Raises InputError."""
+    waited = 0
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)  # the owner before may have removed it
+        descriptor, free = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:  # no locks
+            pass
+        with suppress(FileNotFoundError):
+            if free and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        os.close(descriptor)
+        if free:  # but the owner before has just removed the file
+            continue
+        owner = _read(file)
+        if waited >= (patience if owner.get("host") == socket.gethostname() else max(patience, LEASE)):
+            raise InputError(
+                f"{file}: {_name(owner)} writes there; wait for it, stop it, or name another path with --out "
+                "(if you remove this file, that job stops before its next write)"
+            )
+        if not waited:
+            print(f"{file}: waiting for {_name(owner)}", flush=True)
+        time.sleep(1)
+        waited += 1
+
+
+def require_ownership() -> None:
+    """Raise InputError if another job has taken over a place of this process. Call this before each write.
+
+    An owner file that cannot be read is no reason to stop. A removed one is: another job may have come and gone.
+    """
+    for file, token in _tokens.items():
+        owner = _read(file)
+        if owner.get("token", token) != token:
+            raise InputError(f"{file}: {_name(owner)} has taken over; this job stops, so that nothing is mixed")
+        if not file.exists():
+            raise InputError(f"{file}: was removed or moved; this job stops, since another job may have written there")
+
+
+def _read(file: Path) -> dict:
+    """Read an owner file. Returns an empty dict if it is missing or damaged."""
+    try:
+        return dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def _name(owner: dict) -> str:
+    """Name a job by the content of its owner file."""
+    if not {"host", "process", "since"} <= owner.keys():
+        return "another job"
+    return f"another job (process {owner['process']} on {owner['host']}, since {owner['since']})"
