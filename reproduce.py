@@ -10,6 +10,7 @@ row.json marks a finished row, a training continues from its resume state, an ev
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -26,7 +27,7 @@ from infra.errors import InputError
 from infra.files import UNFINISHED, first_free, remove, write_text
 from infra.flags import Parser
 from infra.ownership import OWNER, owning
-from model.checkpoints import check_model
+from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
 from paper.rows import NAMES, Job, finished_jobs, jobs, sha256
@@ -101,13 +102,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_inputs(args: argparse.Namespace) -> None:
     """Check the model, the question files and that args.out holds no other table. Raises InputError.
 
-    reproduce.json in args.out records the model and the questions, which all rows of a table share.
+    reproduce.json in args.out records the model and the questions by digests, as all rows of a table share them.
     """
     if args.toy:
         shared = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
     else:
         check_model(args.model)
+        files = json.dumps(identify_model(args.model)).encode()
         shared = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
+        shared |= {"model_digest": hashlib.sha256(files).hexdigest()[:16]}
         for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
             cache = None if args.dry_run else Path(args.out, CACHE)
             shared |= {f"{name}_digest": digest(load_checked(path, folder, args.skip_bad_audio, cache).questions)}
@@ -120,7 +123,7 @@ def check_inputs(args: argparse.Namespace) -> None:
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
-    different = [name for name in saved | shared if saved.get(name, "") != shared.get(name, "")]
+    different = [name for name in saved if saved[name] != shared.get(name, "")]  # older tables have no model_digest
     if different:
         listed = ", ".join(f"{name} {saved.get(name)} (now {shared.get(name)})" for name in different)
         raise InputError(f"{args.out}: holds the rows of another table, {listed}; name another folder with --out")

@@ -5,6 +5,7 @@ The stubs do what reproduce.py relies on: step folders, resume state, saving at 
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -184,7 +185,7 @@ def test_fewer_seeds_keep_the_table(stubs, tmp_path, monkeypatch, capfd):
     assert "empty: table.md, results.json" in capfd.readouterr().out and not Path("empty/table.png").exists()
 
 
-def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch):
+def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch, capfd):
     """The untouched model is the same for every seed. Full fine-tuning keeps the scripts' own learning rates."""
     make_world(tmp_path / "w")
     monkeypatch.setattr(reproduce, "check_model", lambda model: None)
@@ -195,6 +196,14 @@ def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch):
     assert command_line(monkeypatch, *real) == 0
     assert len(calls(stubs)) == 3 + 2 * 12 and not any("lr" in c and "lora_rank" not in c for c in calls(stubs))
     assert "64.50" in (tmp_path / "real" / "table.md").read_text()  # the paper's figure
+    (tmp_path / "m" / "model.safetensors").touch()
+    assert command_line(monkeypatch, *real) == 1
+    error = r"real: holds the rows of another table, model_digest [0-9a-f]{16} \(now [0-9a-f]{16}\); name"
+    assert re.search(error, capfd.readouterr().err)
+    settings = json.loads((tmp_path / "real" / "reproduce.json").read_text())
+    del settings["model_digest"]  # as in older tables
+    (tmp_path / "real" / "reproduce.json").write_text(json.dumps(settings))
+    assert command_line(monkeypatch, *real) == 0
 
 
 # ---- continuing ----
