@@ -181,7 +181,7 @@ def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[lis
             problems.append(f"{place}: has the id {_shown(question.id)}, the same as {first}; give it another id")
             continue
         # A published benchmark is scored as it is: MMAU's rule does not need the answer among the choices.
-        if not ("audio_id" in _present(record) or question.answer is None or answer_is_a_choice(question)):
+        if not ("audio_id" in present(record) or question.answer is None or answer_is_a_choice(question)):
             answer, choices = _shown(question.answer), _shown(question.choices)
             problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
             continue
@@ -215,7 +215,7 @@ def digest(questions: list[Question]) -> str:
 
 def parse_record(record: dict, place: str, folder: str) -> Question:
     """Parse one record of any format. Relative audio paths start from `folder`. Raises InputError."""
-    record = _present(record)
+    record = present(record)
     if "multi_choice" in record:  # AVQA, R1-AQA
         question = _text(record, "question_text", place).replace("video", "audio")  # as in the paper's code
         choices = _choices(record, "multi_choice", place)
@@ -267,7 +267,7 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
     return parsed
 
 
-def _present(record: dict) -> dict:
+def present(record: dict) -> dict:
     """Return the fields that a record has. Tables write null, or NaN, which differs from itself, for the others."""
     return {name: value for name, value in record.items() if value is not None and value == value}
 

@@ -43,7 +43,7 @@ from evaluation.scores import compare
 from infra.errors import InputError
 from infra.files import free_bytes, writing
 from infra.flags import ON_OFF, Parser
-from infra.ownership import OWNER, owning
+from infra.ownership import owner_file, owning
 from infra.processes import (
     SharedInputError,
     finish_together,
@@ -257,32 +257,17 @@ def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[st
 
 
 def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-    """Own the predictions files, answer the questions and print tables. All ranks call this. Raises InputError."""
-    outs = {}  # (checkpoint, variant) -> predictions file
-    for checkpoint in plan.checkpoints:
-        for name, changes in variants(args).items():
-            ending = "" if args.out and not args.ablations else suffix(changes) + "_samples" * bool(args.samples)
-            outs[checkpoint, name] = predictions_path(checkpoint, args.out, ending)
-    on_rank_0(lambda: check_writable([*outs.values(), *([args.html] if args.html else [])]))
-    with ExitStack() as owned:
-        on_rank_0(lambda: [owned.enter_context(owning(Path(f"{out}.{OWNER}"))) for out in outs.values()])
-        answer_all(args, plan, outs, dtype, device)
-
-
-def answer_all(
-    args: argparse.Namespace,
-    plan: Plan,
-    outs: dict[tuple[str, str], str],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this.
-
-    outs: the predictions file of each (checkpoint, variant).
-    """
+    """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this."""
     rank, checkpoints = dist.get_rank(), plan.checkpoints
     changed = variants(args)
     several = args.ablations or checkpoints != [args.ckpt]
+    outs = {}  # (checkpoint, variant) -> predictions file
+    for checkpoint in checkpoints:
+        for name, changes in changed.items():
+            ending = "" if args.out and not args.ablations else suffix(changes) + "_samples" * bool(args.samples)
+            outs[checkpoint, name] = predictions_path(checkpoint, args.out, ending)
+    on_rank_0(lambda: check_writable([*outs.values(), *([args.html] if args.html else [])]))
+
     sampling = dict(samples=args.samples, temperature=args.temperature, seed=args.seed) if args.samples else {}
     names = ("max_new_tokens", "batch_size", "samples", "temperature", "seed")
     common = {name: getattr(args, name) for name in names} | {"dtype": str(dtype), "device": device.type}
@@ -299,28 +284,32 @@ def answer_all(
                 if rank == 0:
                     print(f"{out}: already there, with the same settings")
                 continue
-            if model is None:
-                try:
-                    model, processor = load_on_all_ranks(checkpoint, dtype, device)
-                except SharedInputError as error:
-                    if len(checkpoints) == 1:
-                        raise
-                    broken.append(str(error))  # the other checkpoints' table does not wait for this one
-                    break
-            questions = change(list(plan.usable.values()), changes, args.seed)
-            answers = answer_questions(
-                model, processor, questions, template, args.max_new_tokens, args.batch_size,
-                silence=changes["silence"], journal=(journal_path(out), settings), cuda_graph=args.cuda_graph,
-                **sampling,
-            )  # fmt: skip
-            choices = [question.choices for question in plan.questions]
-            predicted = with_answers(
-                plan.records, choices, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
-            )
-            on_rank_0(lambda: write_predictions(out, predicted, settings))
+            with ExitStack() as owned:
+                on_rank_0(lambda: owned.enter_context(owning(owner_file(out))))
+                if model is None:
+                    try:
+                        model, processor = load_on_all_ranks(checkpoint, dtype, device)
+                    except SharedInputError as error:
+                        if len(checkpoints) == 1:
+                            raise
+                        broken.append(str(error))  # the other checkpoints' table does not wait for this one
+                        break
+                questions = change(list(plan.usable.values()), changes, args.seed)
+                answers = answer_questions(
+                    model, processor, questions, template, args.max_new_tokens, args.batch_size,
+                    silence=changes["silence"], journal=(journal_path(out), settings), cuda_graph=args.cuda_graph,
+                    **sampling,
+                )  # fmt: skip
+                choices = [question.choices for question in plan.questions]
+                predicted = with_answers(
+                    plan.records, choices, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
+                )
+                on_rank_0(lambda: write_predictions(out, predicted, settings))
             results[checkpoint, name] = out
             if rank == 0 and several:
                 print(f"predictions: {out}", flush=True)
+    for key in on_rank_0(lambda: [key for key, out in results.items() if not os.path.exists(out)]):
+        broken.append(f"{results.pop(key)} was removed meanwhile")  # by a training with --keep_last
     if rank == 0 and results:
         report(args, plan, results)
     if broken:
@@ -373,7 +362,7 @@ def merge_checkpoint(adapter: str, out: str, dtype: torch.dtype) -> None:
         reason = "this is a run folder; name one of its step_*" if run else "this is not the folder of an adapter"
         raise InputError(f"{adapter}: nothing to merge, {reason}")
     template = remembered_template(adapter)
-    with owning(Path(f"{out}.{OWNER}")):
+    with owning(owner_file(out)):
         model, processor = load_policy(adapter, dtype, torch.device("cpu"))
         size, free = sum(p.nbytes for p in model.parameters()), free_bytes(Path(out))
         if free < size:

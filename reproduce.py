@@ -30,12 +30,14 @@ from infra.ownership import OWNER, owning
 from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
-from paper.rows import NAMES, Job, finished_jobs, jobs, sha256
+from paper.rows import NAMES, ROWS, Job, finished_jobs, jobs, sha256
 from paper.table import write_table
 from training import toy_model
-from training.preflight import CACHE, load_checked
+from training.preflight import CACHE, check_texts, load_checked
 from training.run_folder import step_folders
 from training.settings import TOY_PROMPTS, TOY_STEPS
+
+TOKENS = 256  # the default of --max_new_tokens in all scripts
 
 # ---- arguments ----
 
@@ -108,12 +110,16 @@ def check_inputs(args: argparse.Namespace) -> None:
         shared = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
     else:
         check_model(args.model)
+        chosen = [row for row in ROWS if row.name in args.rows]
         files = json.dumps(identify_model(args.model)).encode()
         shared = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
         shared |= {"model_digest": hashlib.sha256(files).hexdigest()[:16]}
         for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
             cache = None if args.dry_run else Path(args.out, CACHE)
-            shared |= {f"{name}_digest": digest(load_checked(path, folder, args.skip_bad_audio, cache).questions)}
+            questions = load_checked(path, folder, args.skip_bad_audio, cache).questions
+            for template in {row.template for row in chosen if row.script or name == "mmau"}:
+                check_texts(args.model, questions, template, TOKENS, strict=name == "data")
+            shared |= {f"{name}_digest": digest(questions)}
     path = Path(args.out) / "reproduce.json"
     if not path.exists():
         if not args.dry_run:

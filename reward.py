@@ -29,10 +29,15 @@ def prediction(completion: str, choices: Sequence[str] = ()) -> str:
     """Return what a completion answers: the extracted answer, or the whole stripped text if there is none.
 
     If this text is one of `choices`, return the choice as it is spelled there: Unicode has several spellings of "é".
-    The paper's expression reads one line. If a choice has several lines, the answer is read across lines.
+    The paper's expression reads one line. A choice of several lines is compared with the answer across lines.
     """
-    extracted = extract_answer(completion, across_lines=any("\n" in choice.strip() for choice in choices))
-    return spelled(completion.strip() if extracted is None else extracted, choices)
+    one_line, across_lines = extract_answer(completion), extract_answer(completion, across_lines=True)
+    said = completion.strip() if one_line is None else one_line
+    for choice in choices:
+        text = across_lines if "\n" in choice.strip() and across_lines is not None else said
+        if composed(text) == composed(choice):
+            return choice
+    return said
 
 
 def spelled(text: str, choices: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from evaluation.contact_sheet import CLIPS, draw_contact_sheet, pick
 from infra.errors import InputError, list_problems
 from infra.files import check_folder
 from infra.flags import Parser
-from infra.ownership import OWNER, owning
+from infra.ownership import owner_file, owning
 from training.preflight import load_checked, long_clips_note, special_tokens_in
 from training.toy_model import FOLDER, HEARD_SECONDS, MEL_BINS, SPECIAL_TOKENS, STEPS, make_base, make_world, paths
 
@@ -84,7 +84,7 @@ def main() -> None:
         raise InputError(list_problems(problems))
     if note := long_clips_note(checked.seconds.values(), HEARD_SECONDS):
         print(note, flush=True)
-    with owning(Path(f"{args.out}.{OWNER}")):
+    with owning(owner_file(args.out)):
         make_base(checked.questions, Path(args.out), args.seed, args.steps, args.random_answers)
     print(f"base model: {args.out}")
 

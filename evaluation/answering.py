@@ -104,7 +104,9 @@ def check_batching(model, processor, questions: list[Question], batch_size: int,
         [text for (text,) in answer_questions(model, processor, questions, batch_size=size, **options)]
         for size in (batch_size, 1)
     )
-    differing = [q.id for q, a, b in zip(questions, batched, single) if prediction(a) != prediction(b)]
+    differing = [
+        q.id for q, a, b in zip(questions, batched, single) if prediction(a, q.choices) != prediction(b, q.choices)
+    ]
     completions = sum(a != b for a, b in zip(batched, single))
     text = (
         f"{len(questions)} questions in batches of {batch_size} and one by one, {str(model.dtype)[6:]} on "

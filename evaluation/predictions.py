@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from data import present
 from evaluation.scores import majority_vote
 from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
@@ -41,12 +42,12 @@ def own_fields(record: dict, place: str) -> dict:
     Raises InputError if the record is not from a predictions file but has one of these keys: with_answers would
     overwrite the user's own data.
     """
-    taken = [key for key in ADDED if key in record]
+    taken = [key for key in ADDED if key in present(record)]
     if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
         raise InputError(
             f"{place}: has the field {taken[0]!r}, which predictions files use; give the field another name"
         )
-    return {key: value for key, value in record.items() if key not in taken}
+    return {key: value for key, value in record.items() if key not in ADDED}
 
 
 def with_answers(

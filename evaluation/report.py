@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from data import Question
 from evaluation.scores import (
+    ALL_APART,
     FIELDS,
     Score,
     ablation_table,
@@ -69,7 +70,7 @@ def checkpoint_report(
             sampled = [right(lambda i: prediction(texts[i][k], questions[i].choices)) for k in range(samples)]
             lines.append(samples_table(asked, [list(own) for own in zip(*sampled)], correct["plain"]))
     said = {name: [records[i]["model_prediction"] for i in scored] for name, records in predicted.items()}
-    lines += exact_figures(asked, said)
+    lines += exact_figures(asked, said) or [ALL_APART] * bool(scored)
     if len(scored) < len(questions):
         lines.append(f"{len(questions) - len(scored)} questions have no answer and are not scored")
     unusable = sum("error" in record for record in plain)
@@ -115,7 +116,8 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         cells = [percent(*by_task.get(task, Score(0, 0))) for task in tasks]
         rows.append((_name(step), *cells, average, interval, counts))
     chance = guessing(questions)
-    conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}", *exact_figures(questions, said)]
+    conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}"]
+    conclusions += exact_figures(questions, said) or [ALL_APART]
 
     write_text(Path(folder, "mmau_scores.md"), _markdown(caption, rows, conclusions))
     write_text(Path(folder, "mmau_scores.csv"), _csv(questions, correct, tasks))

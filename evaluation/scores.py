@@ -14,11 +14,12 @@ import re
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 
-from data import Question, answer_is_a_choice, find_records, parse_record, require
+from data import Question, answer_is_a_choice, find_records, parse_record, present, require
 from infra.errors import SHOWN, InputError
 from reward import composed, format_reward, mmau_match, prediction
 
 Score = namedtuple("Score", "correct total")
+ALL_APART = "MMAU's rule can tell the choices of all questions apart"
 FIELDS = ("task", "difficulty", "sub_category")  # MMAU's labels of a question
 _FIRST = ("sound", "music", "speech", "easy", "medium", "hard")  # MMAU's order; other values follow alphabetically
 
@@ -122,7 +123,7 @@ def guessing(questions: list[Question], right: Callable[[Question, str], bool] =
 
 
 def exact_figures(questions: list[Question], predicted: dict[str, list[str]]) -> list[str]:
-    """Return lines about the questions that MMAU's rule cannot tell apart; none if there are no such questions.
+    """Return lines about the questions whose choices MMAU's rule cannot tell apart; none if there are no such questions.
 
     The first line has their number and ids, the second one the accuracy if exact comparison decides them. predicted:
     predictions by the evaluation's name, which is shown if there are several.
@@ -145,7 +146,7 @@ def read_predictions(path: str) -> tuple[list[Question], list[str]]:
     """Read a predictions file: its questions and the prediction for each. Opens no audio. Raises InputError."""
     questions, predictions = [], []
     for place, record in require(find_records(path)):
-        predicted = record.get("model_prediction", record.get("model_output"))
+        predicted = present(record).get("model_prediction", present(record).get("model_output"))
         if not isinstance(predicted, str):
             raise InputError(f"{place}: no text model_prediction; give a predictions file that eval_mmau.py wrote")
         questions.append(parse_record(record, place, ""))

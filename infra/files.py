@@ -25,6 +25,7 @@ UNFINISHED = ".unfinished"
 
 def remove(path: Path) -> None:
     """Remove a file or folder. It is renamed first, so a half-removed folder never looks complete."""
+    require_ownership()
     if not path.name.endswith(UNFINISHED):
         path = path.rename(path.with_name(f"{path.name}.removed{UNFINISHED}"))
     if path.is_dir():

@@ -61,7 +61,11 @@ def _lock(file: Path, patience: int) -> int:
     waited = 0
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)  # the owner before may have removed it
-        descriptor, free = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), True
+        try:
+            descriptor, free = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), True
+        except PermissionError:
+            fault = f"{_name(_read(file))} of another user writes there; wait for it, or remove this file"
+            raise InputError(f"{file}: {fault}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -86,6 +90,11 @@ def _lock(file: Path, patience: int) -> int:
         waited += 1
 
 
+def owner_file(path: str | Path) -> Path:
+    """Return the owner file beside a file or folder that a job makes as a whole."""
+    return Path(f"{Path(path)}.{OWNER}")  # Path drops a slash at the end
+
+
 def require_ownership() -> None:
     """Raise InputError if another job has taken over a place of this process. Call this before each write.
 
@@ -95,8 +104,13 @@ def require_ownership() -> None:
         owner = _read(file)
         if owner.get("token", token) != token:
             raise InputError(f"{file}: {_name(owner)} has taken over; this job stops, so that nothing is mixed")
-        if not file.exists():
-            raise InputError(f"{file}: was removed or moved; this job stops, since another job may have written there")
+        try:
+            os.stat(file)
+        except FileNotFoundError:
+            fault = "was removed or moved; this job stops, since another job may have written there"
+            raise InputError(f"{file}: {fault}") from None
+        except OSError:  # a network disk is out of reach: the write itself will say so
+            pass
 
 
 def _read(file: Path) -> dict:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -104,13 +105,10 @@ def _check_processor_files(folder: str, base: str) -> None:
     base: the model to copy the files from, in the message.
     """
     found = {name for name in PROCESSOR_FILES if os.path.isfile(os.path.join(folder, name))}
-    templates = {"chat_template.jinja", "chat_template.json"}
     missing = {
         "processor_config.json": not found & {"processor_config.json", "preprocessor_config.json"},
         "tokenizer.json": "tokenizer.json" not in found and not {"vocab.json", "merges.txt"} <= found,
         "tokenizer_config.json": "tokenizer_config.json" not in found,
-        # The model on the Hub has no template: it uses the one in transformers. A saved processor has its own.
-        "chat_template.jinja": "processor_config.json" in found and not found & templates,
     }
     if any(missing.values()):
         names = ", ".join(name for name, is_missing in missing.items() if is_missing)
@@ -140,12 +138,17 @@ def identify_model(name_or_path: str) -> dict[str, str]:
         folder = Path(os.path.abspath(name_or_path))
     else:
         folder = Path(str(cached_file(name_or_path, "config.json"))).parent
-    if folder.parent.name == "snapshots":  # of the Hub's cache: models--Qwen--Qwen2-Audio-7B-Instruct/snapshots/COMMIT
+    # The Hub's cache: models--Qwen--Qwen2-Audio-7B-Instruct/snapshots/COMMIT
+    if re.fullmatch("models--.+/snapshots/[0-9a-f]{40}", "/".join(folder.parts[-3:])):
         return {"commit": folder.name}
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         identity = {path.name: digest for path, digest in zip(files, pool.map(_digest, files))}
     if is_adapter(folder):
+        settings = json.loads((folder / "adapter_config.json").read_bytes())
+        del settings["base_model_name_or_path"]  # the base may move: its files are compared
+        text = json.dumps(settings, sort_keys=True)
+        identity["adapter_config.json"] = f"SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         identity |= {f"base/{name}": digest for name, digest in identify_model(adapter_base(str(folder))).items()}
     return identity
 
@@ -224,14 +227,15 @@ def load_on_all_ranks(name_or_path: str, dtype: torch.dtype, device: torch.devic
     try:
         with memory_errors("loading the model"):
             loaded = load_policy(name_or_path, dtype, device)
-            weights = torch.cat([weight.detach().flatten()[:64].float().cpu() for weight in loaded[0].parameters()])
-            sample = hashlib.sha256(weights.numpy().tobytes()).hexdigest()
+            sample = torch.cat([weight.detach().flatten()[:64].float().cpu() for weight in loaded[0].parameters()])
     except InputError as error:
         failure = str(error)
     failures = [reason for reason in gather(failure) if reason]
     if failures:
         raise SharedInputError(failures[0])
-    if len(set(gather(sample))) > 1:
+    first, *others = gather(sample)
+    # Not torch.equal: another processor may round the weights of a merged adapter in another way.
+    if not all(other.shape == first.shape and torch.allclose(other, first, rtol=0.01) for other in others):
         raise SharedInputError(f"{name_or_path}: is not the same model on all nodes; copy it again, or share one disk")
     return loaded
 

@@ -105,11 +105,9 @@ def test_a_damaged_folder_is_an_input_error(saved, tmp_path, damage):
         load_policy(folder, torch.float32, CPU)
 
 
-@pytest.mark.parametrize(
-    "lost", ["chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
-)
+@pytest.mark.parametrize("lost", ["processor_config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_folder_without_a_whole_processor_is_refused_and_the_printed_command_repairs_it(saved, tmp_path, lost):
-    """transformers would load a tokenizer of six tokens, another end token, or another chat template."""
+    """transformers would load a tokenizer of six tokens, or another end token."""
     folder = shutil.copytree(saved, tmp_path / "it's a model")
     (folder / lost).unlink()
     with pytest.raises(InputError, match=f"has no {lost}; copy its processor from .*: python -c ") as error:
@@ -136,7 +134,7 @@ def test_the_layout_of_the_hub_is_whole(saved, tmp_path):
 
 
 def test_nodes_that_have_different_models_are_told(saved, tmp_path, monkeypatch):
-    """Each rank tells the others a digest of some weights. Here, one process plays both ranks."""
+    """Each rank tells the others some weights. Here, one process plays both ranks."""
     folder, told = shutil.copytree(saved, tmp_path / "model"), []
     monkeypatch.setattr(checkpoints, "gather", lambda value: told.append(value) or [value])
     load_on_all_ranks(str(folder), torch.float32, CPU)
@@ -164,6 +162,24 @@ def test_a_copy_is_the_same_model_and_a_changed_file_is_named(saved, tmp_path, m
     after = identify_model(str(folder))
     assert [name for name in before if before[name] != after[name]] == ["model.safetensors"]
     assert re.fullmatch(r"\d+ bytes, SHA-256 [0-9a-f]{16}", after["model.safetensors"])
+    assert (
+        identify_model(str(shutil.copytree(saved, tmp_path / "snapshots" / "mine"))) == before
+    )  # no commit of the Hub
+
+
+def test_an_adapter_is_the_same_after_its_base_has_moved(tmp_path):
+    """But not with another base, or with other settings."""
+    seen = []
+    for base, alpha in (("base", 1), ("moved", 1), ("moved", 2), ("other", 2)):
+        (tmp_path / base).mkdir(exist_ok=True)
+        (tmp_path / base / "model.safetensors").write_bytes(b"x" * (3 if base == "other" else 2))
+        settings = {"peft_type": "LORA", "lora_alpha": alpha, "base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / "adapter_model.safetensors").touch()
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        seen.append(identify_model(str(tmp_path)))
+    assert seen[0] == seen[1] and "base/model.safetensors" in seen[0]
+    for i, name in ((1, "adapter_config.json"), (2, "base/model.safetensors")):
+        assert [key for key in seen[i] if seen[i][key] != seen[i + 1][key]] == [name]
 
 
 def test_a_model_of_the_hub_is_its_commit(saved, tmp_path, monkeypatch):

@@ -271,8 +271,7 @@ def test_a_predictions_file_has_one_owner(mmau, tmp_path, monkeypatch, capsys):
     of_run = [flag for flag in of_run if flag not in ("--out", "none")]
     for name, flags in {
         "new/p.json": arguments(mmau, tmp_path / "new" / "p.json"),
-        "new/p_silence.json": arguments(mmau, tmp_path / "new" / "p.json", "--ablations"),
-        "run/step_000002/mmau_predictions.json": of_run,
+        "run/step_000001/mmau_predictions.json": of_run,
     }.items():
         out, before = tmp_path / name, set(tmp_path.rglob("*"))
         with another_owner(f"{out}.owner.json"):
@@ -286,6 +285,24 @@ def test_a_predictions_file_has_one_owner(mmau, tmp_path, monkeypatch, capsys):
 
 
 # ---- a run's checkpoints ----
+
+
+def test_a_checkpoint_that_training_removes_meanwhile_does_not_stop_the_others(mmau, tmp_path, monkeypatch, capsys):
+    """With --keep_last, a run removes its older checkpoints, here once the first one is evaluated."""
+    for step in (1, 2):
+        shutil.copytree(mmau / "model", tmp_path / "run" / f"step_00000{step}")
+    write = eval_mmau.write_predictions
+
+    def write_and_remove(*args):
+        write(*args)
+        shutil.rmtree(tmp_path / "run" / "step_000001", ignore_errors=True)
+
+    monkeypatch.setattr(eval_mmau, "write_predictions", write_and_remove)
+    flags = arguments(mmau, "none", "--ckpt", tmp_path / "run", "--limit", 2)
+    assert evaluate(*[flag for flag in flags if flag not in ("--out", "none")]) == 1
+    printed = capsys.readouterr()
+    assert "1 of 2 checkpoints not evaluated: " in printed.err and "mmau_predictions.json was removed" in printed.err
+    assert "best: step_000002" in printed.out
 
 
 def test_a_run_folder(mmau, tmp_path, batches, capsys):

@@ -45,6 +45,7 @@ def test_fields_of_the_user_are_not_overwritten():
     for sampled, errors in ((True, {}), (False, {0: "why"})):
         [record] = predictions.with_answers([{"id": 1, "mine": 2}], [["x", "y"]], {}, errors, sampled)
         assert predictions.own_fields(record, "p") == {"id": 1, "mine": 2}
+    assert predictions.own_fields({"id": 1, "samples": None, "error": float("nan")}, "p") == {"id": 1}  # absent
     for key in predictions.ADDED:
         with pytest.raises(InputError, match=f"^p: has the field '{key}', which predictions files use"):
             predictions.own_fields({"id": 1, key: "mine"}, "p")

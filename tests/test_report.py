@@ -15,7 +15,7 @@ import pytest
 
 from data import Question
 from evaluation import report
-from evaluation.scores import compare, mcnemar_exact, wilson_interval
+from evaluation.scores import ALL_APART, compare, mcnemar_exact, wilson_interval
 from infra.errors import InputError
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -71,12 +71,12 @@ def test_run_report(tmp_path, drawn):
     warning = "warning: its lead, if any, may be luck; 1 of the 2 other checkpoints do not differ significantly"
     assert table[5].startswith(warning)
     assert table[5].endswith(f": step_001000 (p = {ps[1000]:.4f})") and "step_000100" not in table[5]
-    assert table[6:] == ["guessing would score 33.33%"]
+    assert table[6:] == ["guessing would score 33.33%", ALL_APART]
 
     markdown = (tmp_path / "mmau_scores.md").read_text().splitlines()
     assert [line[2:-2].split(" | ") for line in markdown[4:] if line.startswith("| ")] == [headings, *expected]
     assert markdown[2] == r"90 questions of a\_b.json"
-    assert markdown[5] == "|---|" + 6 * "---:|" and [line[2:] for line in markdown[-3:]] == table[4:]
+    assert markdown[5] == "|---|" + 6 * "---:|" and [line[2:] for line in markdown[-4:]] == table[4:]
     with open(tmp_path / "mmau_scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [100, 200, 1000]
@@ -111,7 +111,7 @@ def report_lines(folder, *all_rights, **changes):
 
 def test_a_clear_winner_has_no_warning(tmp_path):
     lines = report_lines(tmp_path, [0] * 30, [1] * 30, [0] * 30)
-    assert lines[4:] == ["best: step_000001 with 100.00%", "guessing would score 33.33%"]
+    assert lines[4:] == ["best: step_000001 with 100.00%", "guessing would score 33.33%", ALL_APART]
 
 
 def test_of_equally_good_checkpoints_the_earliest_is_best(tmp_path):
@@ -158,7 +158,7 @@ def test_a_single_checkpoint_of_other_tasks(tmp_path, drawn):
     lines = report_lines(tmp_path, [1, 1, 0, 0], tasks=("zoo $x$", "a|b"))
     assert re.split(" {2,}", lines[0])[1:6] == ["sound", "music", "speech", "a|b", "zoo $x$"]
     assert re.split(" {2,}", lines[1])[1:6] == ["-", "-", "-", "50.00%", "50.00%"]
-    assert lines[2:] == ["best: step_000000 with 50.00%", "guessing would score 33.33%"]
+    assert lines[2:] == ["best: step_000000 with 50.00%", "guessing would score 33.33%", ALL_APART]
     assert r" a\|b |" in (tmp_path / "mmau_scores.md").read_text()
     assert "0,,,,50.0000,50.0000,50.0000," in (tmp_path / "mmau_scores.csv").read_text()
     assert len(drawn) == 1

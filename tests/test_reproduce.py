@@ -189,6 +189,10 @@ def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch, ca
     """The untouched model is the same for every seed. Full fine-tuning keeps the scripts' own learning rates."""
     make_world(tmp_path / "w")
     monkeypatch.setattr(reproduce, "check_model", lambda model: None)
+    checked = []
+    monkeypatch.setattr(
+        reproduce, "check_texts", lambda model, questions, template, tokens, strict: checked.append((template, strict))
+    )
     size = {False: estimate.Size(2000, 12000), True: estimate.Size(20, 120)}
     monkeypatch.setattr(estimate, "sizes", lambda model: size)
     (tmp_path / "m").mkdir()
@@ -196,6 +200,7 @@ def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch, ca
     assert command_line(monkeypatch, *real) == 0
     assert len(calls(stubs)) == 3 + 2 * 12 and not any("lr" in c and "lora_rank" not in c for c in calls(stubs))
     assert "64.50" in (tmp_path / "real" / "table.md").read_text()  # the paper's figure
+    assert sorted(checked) == [(name, strict) for name in ("answer", "direct", "think") for strict in (False, True)]
     (tmp_path / "m" / "model.safetensors").touch()
     assert command_line(monkeypatch, *real) == 1
     error = r"real: holds the rows of another table, model_digest [0-9a-f]{16} \(now [0-9a-f]{16}\); name"

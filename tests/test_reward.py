@@ -139,6 +139,7 @@ def test_a_prediction_is_spelled_like_its_choice():
         ("<answer>one\ntwo</answer>", choices[2]),
         ("<answer>a dog</answer>", choices[3]),
         ("<answer>A dog</answer>", "A dog"),
+        ("<answer>\na dog\n</answer>", "<answer>\na dog\n</answer>"),  # as without a choice of two lines
     ]:
         assert prediction(completion, choices) == said
 

@@ -359,8 +359,10 @@ def test_reading_predictions(tmp_path):
     (tmp_path / "b").write_text(json.dumps(records))
     with pytest.raises(InputError, match="record 4: no text model_prediction"):
         scores.read_predictions(tmp_path / "b")
+    nulls = write_predictions(tmp_path / "c", A, model_prediction={0: None}, model_output={0: "other"})
+    assert scores.read_predictions(nulls)[1] == ["other", *A[1:]]
     with pytest.raises(InputError, match="record 1: no text model_prediction"):
-        scores.read_predictions(write_predictions(tmp_path / "c", A, model_prediction={0: None}))
+        scores.read_predictions(write_predictions(tmp_path / "c", A, model_prediction={0: 3}))
 
 
 # ---- questions whose choices the rule cannot tell apart ----

@@ -195,7 +195,7 @@ def check_texts(name_or_path: str, questions: list[Question], template: str, max
     if problems and strict:
         raise InputError(list_problems(problems, heading))
     if problems:
-        print(list_problems(problems, heading, "; MMAU's rule scores them as they are"), flush=True)
+        print(list_problems(problems, heading), flush=True)
 
 
 def special_tokens_in(questions: list[Question], tokens: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from transformers import (
 from data import AUDIO_TOKEN, TEMPLATES, Question, build_prompt, load_questions, target_text
 from infra.audio import audio_seconds
 from infra.files import begin_folder, writing
-from infra.ownership import OWNER, owning, require_ownership
+from infra.ownership import owner_file, owning, require_ownership
 from model.checkpoints import save_checkpoint
 from policy import completion_logprobs, encode_prompts, encode_targets
 from training.toy_world import write_world
@@ -141,7 +141,7 @@ def make_toy(folder: Path) -> None:
 def make_once(folder: Path, make: Callable[[], None]) -> None:
     """Call make() unless `folder` exists. If another job is making it, wait for that job."""
     if not folder.exists():
-        with owning(Path(f"{folder}.{OWNER}"), patience=600):
+        with owning(owner_file(folder), patience=600):
             if not folder.exists():
                 make()
 
