@@ -23,7 +23,7 @@ import numpy as np
 from infra.audio import load_audio as load_audio  # part of this file's interface
 from infra.errors import InputError, list_problems
 from infra.files import kind_of_file
-from reward import spelled
+from reward import in_nfc
 
 AUDIO_TOKEN = "<|AUDIO|>"  # the chat markup puts the clip in its place
 
@@ -63,9 +63,10 @@ def build_prompt(question: Question, template: str) -> str:
 
 
 def _shown_choices(choices: list[str]) -> str:
-    """Format choices like the repr of a Python list, but each text as the answer has to be written.
+    """Format choices like the repr of a Python list, but without its escapes.
 
-    repr would escape some characters, such as a backslash, a line end or a zero-width joiner.
+    The model must write the text of a choice. repr would show another text: it escapes, for example, a backslash, a
+    line end and a zero-width joiner.
     """
     quotes = (repr(choice)[0] for choice in choices)
     return f"[{', '.join(quote + choice + quote for quote, choice in zip(quotes, choices))}]"
@@ -74,8 +75,7 @@ def _shown_choices(choices: list[str]) -> str:
 def target_text(answer: str, template: str) -> str:
     """Return the right completion: the bare answer for template `direct`, <answer>...</answer> for `answer`.
 
-    White space around the answer is left out, as in the rewards.
-    Raises InputError for `think`: question files have no thoughts to learn from.
+    Strips the answer, as the rewards do. Raises InputError for `think`: question files have no thoughts to learn from.
     """
     if template == "think":
         raise InputError("template 'think' has no target to imitate: question files have answers without thoughts")
@@ -190,8 +190,8 @@ def find_questions_in(records: list[tuple[str, dict]], folder: str) -> tuple[lis
 
 
 def answer_is_a_choice(question: Question) -> bool:
-    """Tell whether the answer is one of the choices, up to different spellings in Unicode."""
-    return spelled(question.known_answer, question.choices) in question.choices
+    """Tell whether the answer is one of the choices, compared in NFC. The question must have an answer."""
+    return in_nfc(question.known_answer) in map(in_nfc, question.choices)
 
 
 def _almost(question: Question) -> str:
@@ -262,7 +262,7 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
     try:
         os.fsencode(parsed.audio)
     except UnicodeEncodeError as error:  # in the locale C, with Python's UTF-8 mode off
-        fault = f"file names are {error.encoding} here, which cannot spell {_shown(parsed.audio)}"
+        fault = f"the system's encoding of file names, {error.encoding}, lacks characters of {_shown(parsed.audio)}"
         raise InputError(f"{place}: {fault}; set PYTHONUTF8=1") from None
     return parsed
 
@@ -301,11 +301,11 @@ def _choices(record: dict, key: str, place: str) -> list[str]:
 
 
 def _clip_path(folder: str, name: str) -> str:
-    """Return the path of a clip. If it does not exist, try \\ as / (Windows) and the other forms of Unicode (macOS)."""
+    """Return the path of a clip. If no file has the name, try \\ as / (Windows) and Unicode's NFC and NFD (macOS)."""
     slashes = name.replace("\\", "/")
     spellings = dict.fromkeys([name, slashes, *(unicodedata.normalize(form, slashes) for form in ("NFC", "NFD"))])
     paths = [os.path.join(folder, spelling) for spelling in spellings]
-    if len(paths) == 1:  # nearly all names, and a look at the disk takes time
+    if len(paths) == 1:  # nearly all names: do not look at the disk, which may be slow
         return paths[0]
     return next(filter(os.path.exists, paths), paths[0])
 

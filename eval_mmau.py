@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +32,9 @@ from evaluation.predictions import (
     identify_questions,
     is_done,
     journal_path,
-    own_fields,
     predictions_path,
     with_answers,
+    without_answers,
     write_predictions,
 )
 from evaluation.report import checkpoint_report, run_report, write_html
@@ -47,9 +46,9 @@ from infra.ownership import owner_file, owning
 from infra.processes import (
     SharedInputError,
     finish_together,
-    gather,
     memory_errors,
     on_rank_0,
+    owning_together,
     require_gpu_each,
     setup_distributed,
 )
@@ -63,7 +62,7 @@ from model.checkpoints import (
     save_checkpoint,
 )
 from model.lora import is_adapter
-from training.preflight import bad_audio_report, check_texts, digest_clips, heard_seconds, long_clips_note
+from training.preflight import check_texts, heard_seconds, long_clips_note, read_clips
 from training.run_folder import step_folders, step_of
 
 MMAU = "data/MMAU/mmau-test-mini.json"
@@ -179,8 +178,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     templates = on_rank_0(lambda: choose_templates(args.template, checkpoints))
     digests, errors, seconds = read_clips(questions, args.skip_bad_audio)
     usable = {i: question for i, question in enumerate(questions) if i not in errors}
-    for template in set(templates.values()):  # all checkpoints of a run have the same tokenizer and context
-        checkpoint = next(name for name in checkpoints if templates[name] == template)
+    one_each = {template: checkpoint for checkpoint, template in templates.items()}
+    for template, checkpoint in one_each.items():  # the checkpoints of a run have the same tokenizer and context
         asked = list(usable.values())
         on_rank_0(lambda: check_texts(checkpoint, asked, template, args.max_new_tokens, strict=False))
     if dist.get_rank() == 0 and (text := long_clips_note(seconds, heard_seconds(checkpoints[0]))):
@@ -222,35 +221,7 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
         )
     placed = require(find_records(path))
     questions = require(find_questions_in(placed, audio_dir or os.path.dirname(path)))
-    found, problems = [], []
-    for place, record in placed[:limit]:
-        try:
-            found.append(own_fields(record, place))
-        except InputError as error:
-            problems.append(str(error))
-    return require((found, problems)), questions[:limit]
-
-
-def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[str | None], dict[int, str], list[float]]:
-    """Decode all clips, shared over the ranks.
-
-    Returns the digest of each question's clip; for questions with an unusable clip, by index, what is wrong; and the
-    seconds of each usable clip. Raises SharedInputError if a clip is unusable, unless skip_bad_audio.
-    """
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    paths = list(dict.fromkeys(question.audio for question in questions))
-    checked = {}
-    for part in gather(digest_clips(paths[rank::ranks], bar=rank == 0)):
-        checked |= part
-    digests, reasons, _ = zip(*(checked[question.audio] for question in questions))
-    errors = {i: reason for i, reason in enumerate(reasons) if reason is not None}
-    faults = {questions[i].place: reason for i, reason in errors.items()}
-    if errors and not skip_bad_audio:
-        remedy = "; replace them, name their folder with --audio_dir, or count them as wrong with --skip_bad_audio"
-        raise SharedInputError(bad_audio_report(faults, len(questions), remedy))
-    if errors and rank == 0:
-        print(bad_audio_report(faults, len(questions), " and count as wrong; the predictions file names them all"))
-    return list(digests), errors, [seconds for _, reason, seconds in checked.values() if reason is None]
+    return require(without_answers(placed[:limit])), questions[:limit]
 
 
 # ---- evaluate ----
@@ -284,8 +255,7 @@ def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: t
                 if rank == 0:
                     print(f"{out}: already there, with the same settings")
                 continue
-            with ExitStack() as owned:
-                on_rank_0(lambda: owned.enter_context(owning(owner_file(out))))
+            with owning_together([owner_file(out)]):
                 if model is None:
                     try:
                         model, processor = load_on_all_ranks(checkpoint, dtype, device)
@@ -300,16 +270,15 @@ def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: t
                     silence=changes["silence"], journal=(journal_path(out), settings), cuda_graph=args.cuda_graph,
                     **sampling,
                 )  # fmt: skip
-                choices = [question.choices for question in plan.questions]
                 predicted = with_answers(
-                    plan.records, choices, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
+                    plan.records, plan.questions, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
                 )
                 on_rank_0(lambda: write_predictions(out, predicted, settings))
             results[checkpoint, name] = out
             if rank == 0 and several:
                 print(f"predictions: {out}", flush=True)
-    for key in on_rank_0(lambda: [key for key, out in results.items() if not os.path.exists(out)]):
-        broken.append(f"{results.pop(key)} was removed meanwhile")  # by a training with --keep_last
+    gone = on_rank_0(lambda: [key for key, out in results.items() if not os.path.exists(out)])
+    broken += [f"{results.pop(key)} was removed meanwhile" for key in gone]  # by a training with --keep_last
     if rank == 0 and results:
         report(args, plan, results)
     if broken:

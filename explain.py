@@ -200,7 +200,7 @@ def explain(args) -> int:
             raise SharedInputError("explain.py runs on one rank; start it without torchrun")
         if args.resume:
             raise SharedInputError("--resume is for training; name a checkpoint of the run with --model")
-        run = Run(args, "GRPO", device, strict=False)  # this step is not kept
+        run = Run(args, "GRPO", device, strict=False)  # nothing is trained: list answers that cannot be rewarded
         policy, processor = run.load_policy()
         step = take_step(args, policy, processor, run.questions, device)
         parts = tell(step, args)
@@ -218,7 +218,7 @@ def explain(args) -> int:
 def parse_args(argv: list[str] | None = None):
     parser = grpo_aqa.make_parser("Explain one step of GRPO with all its numbers.")
     parser.add_argument("--html", metavar="FILE", help="also write the explanation as a web page")
-    parser.set_defaults(out="runs/explain")  # for the cache of checked clips: no run is written
+    parser.set_defaults(out="runs/explain")  # only for the cache of checked clips
     return grpo_aqa.parse_args(argv, parser)
 
 

@@ -26,7 +26,7 @@ from data import digest, load_questions
 from infra.errors import InputError
 from infra.files import UNFINISHED, first_free, remove, write_text
 from infra.flags import Parser
-from infra.ownership import OWNER, owning
+from infra.ownership import OWNER, owner_file, owning
 from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_inputs(args: argparse.Namespace) -> None:
     """Check the model, the question files and that args.out holds no other table. Raises InputError.
 
-    reproduce.json in args.out records the model and the questions by digests, as all rows of a table share them.
+    reproduce.json in args.out holds digests of the model and of the questions: all rows of a table share them.
     """
     if args.toy:
         shared = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
@@ -147,8 +147,8 @@ def run_job(job: Job) -> None:
     if job.args.toy:
         make_toy(job)
     if job.folder.exists():
-        with owning(job.run_folder / OWNER), owning(Path(f"{job.predictions}.{OWNER}")):
-            pass  # no script of a killed reproduce.py still runs
+        with owning(job.run_folder / OWNER), owning(owner_file(job.predictions)):
+            pass  # refused if a script of a killed reproduce.py still runs
         if not job.has_same_settings():
             earlier = first_free(lambda n: job.folder.with_name(f"{job.row.name}.earlier_{n}"))
             job.folder.rename(earlier)

@@ -35,23 +35,23 @@ def prediction(completion: str, choices: Sequence[str] = ()) -> str:
     said = completion.strip() if one_line is None else one_line
     for choice in choices:
         text = across_lines if "\n" in choice.strip() and across_lines is not None else said
-        if composed(text) == composed(choice):
+        if in_nfc(text) == in_nfc(choice):
             return choice
     return said
 
 
-def spelled(text: str, choices: Sequence[str]) -> str:
-    """Return the choice that is this text up to different spellings in Unicode, or the text itself if there is none."""
-    return next((choice for choice in choices if composed(choice) == composed(text)), text)
+def as_choice(text: str, choices: Sequence[str]) -> str:
+    """Return the first choice that equals the text in NFC, or the text itself if no choice does."""
+    return next((choice for choice in choices if in_nfc(choice) == in_nfc(text)), text)
 
 
-def composed(text: str) -> str:
+def in_nfc(text: str) -> str:
     """Return the stripped text in Unicode's NFC. Qwen's tokenizer brings all text into this form."""
     return normalize("NFC", text.strip())
 
 
 def accuracy_reward(completion: str, answer: str) -> float:
-    """Return 1.0 if the prediction is exactly `answer` (in NFC), else 0.0.
+    """Return 1.0 if the prediction equals `answer`, both stripped and in NFC, else 0.0.
 
     The paper's code also calls math_verify, which compares formulas. It is left out here: on the questions of MMAU and
     MMAR it rewards 15 wrong choices ("1:3" for "1:1") and no right choice that the exact comparison misses.

@@ -14,7 +14,7 @@ from data import Question
 from infra.audio import SAMPLE_RATE, load_audio
 from infra.errors import InputError
 from infra.pictures import save_picture
-from reward import spelled
+from reward import as_choice
 
 CLIPS, COLUMNS = 8, 4
 LINE, LINES, CHOICES = 38, 3, 6  # at most: characters in a line, lines of a question, choices shown
@@ -53,7 +53,7 @@ def bin_of(hertz: np.ndarray, mel_bins: int) -> np.ndarray:
 
 def wrap(text: str, width: int, count: int) -> list[str]:
     """Break a text into at most `count` lines of `width` letters. A Chinese character is as wide as two letters."""
-    # textwrap takes \v for a space: Chinese has none, and lines may end after every character.
+    # textwrap breaks lines at spaces, and Chinese has none. A \v after each wide character counts as one space.
     spaced = "".join(c + "\v" * (east_asian_width(c) in "WF") for c in " ".join(text.split()))
     lines = textwrap.wrap(spaced, width, max_lines=count, placeholder=" …", replace_whitespace=False)
     return [line.replace("\v", "") for line in lines]
@@ -62,7 +62,8 @@ def wrap(text: str, width: int, count: int) -> list[str]:
 def lines_of(question: Question) -> list[tuple[str, str, str]]:
     """Return the lines of text above a clip, each with color and weight. The right answer is always among them."""
     lines = [(line, "black", "bold") for line in wrap(question.question, LINE, LINES)]
-    choices, answer = question.choices[:CHOICES], question.answer and spelled(question.answer, question.choices)
+    choices = question.choices[:CHOICES]
+    answer = question.answer and as_choice(question.answer, question.choices)  # None if withheld
     if answer is not None and answer not in choices:  # MMAU's answer may be none of the choices
         choices = [*question.choices[: CHOICES - 1], answer]
     for choice in choices:

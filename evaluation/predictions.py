@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from data import present
+from data import Question, present
 from evaluation.scores import majority_vote
 from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
@@ -36,36 +36,33 @@ def predictions_path(checkpoint: str, out: str | None = None, suffix: str = "") 
     return stem + suffix + extension
 
 
-def own_fields(record: dict, place: str) -> dict:
-    """Return a record of a question file without the keys that with_answers has added to it in an earlier evaluation.
+def without_answers(records: list[tuple[str, dict]]) -> tuple[list[dict], list[str]]:
+    """Return records of a question file without the keys that with_answers has added in an earlier evaluation.
 
-    Raises InputError if the record is not from a predictions file but has one of these keys: with_answers would
-    overwrite the user's own data.
+    records: (place, record) of find_records. Lists a problem for each record that is not from a predictions file but
+    has one of these keys: with_answers would overwrite the user's own data.
     """
-    taken = [key for key in ADDED if key in present(record)]
-    if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
-        raise InputError(
-            f"{place}: has the field {taken[0]!r}, which predictions files use; give the field another name"
-        )
-    return {key: value for key, value in record.items() if key not in ADDED}
+    found, problems = [], []
+    for place, record in records:
+        taken = [key for key in ADDED if key in present(record)]
+        if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
+            problems.append(f"{place}: has the field {taken[0]!r}, which predictions files use; rename the field")
+        found.append({key: value for key, value in record.items() if key not in ADDED})
+    return found, problems
 
 
 def with_answers(
-    records: list[dict],
-    choices: list[list[str]],
-    answers: dict[int, list[str]],
-    errors: dict[int, str],
-    sampled: bool,
+    records: list[dict], questions: list[Question], answers: dict[int, list[str]], errors: dict[int, str], sampled: bool
 ) -> list[dict]:
     """Return the records with the keys that a predictions file adds.
 
-    choices: of each record's question. answers: each question's completions by the question's index; errors: why a
-    question has none. If `sampled`, the prediction is the majority vote of the completions.
+    questions: of the records. answers: each question's completions by the question's index. errors: why a question has
+    none. If `sampled`, the prediction is the majority vote of the completions.
     """
     predicted = []
     for i, record in enumerate(records):
         completions = answers.get(i, [""])
-        answer = majority_vote([prediction(text, choices[i]) for text in completions])
+        answer = majority_vote([prediction(text, questions[i].choices) for text in completions])
         record = record | {"model_prediction": answer, "model_output": answer, "completion": completions[0]}
         if sampled:
             record["samples"] = completions if i in answers else []

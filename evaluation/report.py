@@ -37,7 +37,7 @@ from evaluation.web_page import web_page
 from infra.errors import InputError
 from infra.files import write_text
 from infra.pictures import save_picture
-from reward import prediction, spelled
+from reward import as_choice, prediction
 
 TASKS = ("sound", "music", "speech")  # MMAU's; each has a column even if there are no such questions
 
@@ -277,7 +277,8 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
     verdict = {True: "right", False: "wrong", None: "unscored"}[right]
     predicted = record["model_prediction"]
     labels = [label for label in (question.task, question.difficulty, question.sub_category) if label is not None]
-    choices, answer = [], question.answer and spelled(question.answer, question.choices)
+    choices = []
+    answer = question.answer and as_choice(question.answer, question.choices)  # None if withheld
     for choice in question.choices:
         marks = [mark for mark, text in (("answer", answer), ("predicted", predicted)) if choice == text]
         notes = "".join(f" <small>{mark}</small>" for mark in marks)

@@ -3,9 +3,9 @@
 Plain functions on plain lists. MMAU's rule (reward.mmau_match) decides whether a prediction is right. The verdict is
 never stored: it is computed again from the predictions file. A question whose answer is withheld is never scored.
 
-The rule compares sets of words, so it cannot tell "+" from "-" or "A, then B" from "B, then A". For such questions a
-second figure is computed, by exact comparison. Held-out questions of a training are nobody's benchmark: there exact
-comparison decides such questions.
+The rule compares sets of words, so it cannot tell "+" from "-", or "A, then B" from "B, then A". If a file has
+questions with such choices, a second accuracy uses exact comparison for them. Held-out questions in training are not a
+published benchmark: their only accuracy is this second one.
 """
 
 import math
@@ -15,8 +15,8 @@ from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 
 from data import Question, answer_is_a_choice, find_records, parse_record, present, require
-from infra.errors import SHOWN, InputError
-from reward import composed, format_reward, mmau_match, prediction
+from infra.errors import InputError, list_names
+from reward import format_reward, in_nfc, mmau_match, prediction
 
 Score = namedtuple("Score", "correct total")
 ALL_APART = "MMAU's rule can tell the choices of all questions apart"
@@ -99,43 +99,44 @@ def is_right(question: Question, prediction: str) -> bool:
     return mmau_match(question.known_answer, prediction, question.choices)
 
 
-def is_told_apart(question: Question) -> bool:
-    """Tell whether MMAU's rule judges each choice as exact comparison does. True if the answer is not a choice."""
-    verdicts = [(is_right(question, choice), _is_answer(question, choice)) for choice in question.choices]
-    return all(rule == exact for rule, exact in verdicts) or not answer_is_a_choice(question)
+def choices_told_apart(question: Question) -> bool:
+    """Tell whether MMAU's rule and exact comparison agree about each choice. True if the answer is not a choice."""
+    if not answer_is_a_choice(question):
+        return True
+    return all(is_right(question, choice) == _is_answer(question, choice) for choice in question.choices)
 
 
 def is_right_exactly(question: Question, prediction: str) -> bool:
     """Apply MMAU's rule, or exact comparison if the rule cannot tell the question's choices apart."""
-    if is_told_apart(question):
+    if choices_told_apart(question):
         return is_right(question, prediction)
     return _is_answer(question, prediction)
 
 
 def _is_answer(question: Question, text: str) -> bool:
-    return composed(text) == composed(question.known_answer)
+    return in_nfc(text) == in_nfc(question.known_answer)
 
 
 def guessing(questions: list[Question], right: Callable[[Question, str], bool] = is_right) -> float:
-    """Return the expected accuracy of random guessing: the mean share of each question's choices that are right."""
+    """Return the expected accuracy of guessing: the share of right choices of a question, averaged over questions."""
     shares = [sum(right(q, choice) for choice in q.choices) / len(q.choices) for q in questions]
     return sum(shares) / len(shares)
 
 
 def exact_figures(questions: list[Question], predicted: dict[str, list[str]]) -> list[str]:
-    """Return lines about the questions whose choices MMAU's rule cannot tell apart; none if there are no such questions.
+    """Return lines about the questions whose choices MMAU's rule cannot tell apart; no lines if there are none.
 
-    The first line has their number and ids, the second one the accuracy if exact comparison decides them. predicted:
-    predictions by the evaluation's name, which is shown if there are several.
+    The first line counts and lists these questions. The second line has the accuracy with exact comparison for them.
+    predicted: name of the evaluation -> its predictions. The names are shown if there are several.
     """
-    ids = [question.id for question in questions if not is_told_apart(question)]
+    ids = [question.id for question in questions if not choices_told_apart(question)]
     if not ids:
         return []
     figures = []
     for name, texts in predicted.items():
         correct = sum(map(is_right_exactly, questions, texts))
         figures.append(f"{name} " * (len(predicted) > 1) + percent(correct, len(questions)))
-    listed = ", ".join(map(visible, ids[:SHOWN])) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+    listed = list_names([visible(name) for name in ids])
     return [
         f"MMAU's rule cannot tell the choices of {len(ids)} questions apart: {listed}",
         f"accuracy if exact comparison decides these: {', '.join(figures)}",

@@ -1,1 +1,1 @@
-"""Ground floor, below questions, models and training: errors, files, clips, command lines, ranks."""
+"""Ground floor, below questions, models and training: errors, files and their owners, clips, flags, pictures, ranks."""

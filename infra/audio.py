@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.containers import BadClip, ffmpeg_line, replace_or_convert, streams
+from infra.containers import BadFile, ffmpeg_line, replace_or_convert, streams
 from infra.errors import InputError
 from infra.files import kind_of_file
 
@@ -37,19 +37,19 @@ def load_audio(path: str) -> np.ndarray:
         _check_seconds(seconds)
         audio = np.concatenate(parts)
         if not np.isfinite(audio).all():
-            raise BadClip("has NaN or infinite samples")
+            raise BadFile("has NaN or infinite samples")
         if (peak := np.abs(audio).max()) > MAX_PEAK:
-            raise BadClip(f"has samples up to {peak:.0e}, but full scale is 1")
+            raise BadFile(f"has samples up to {peak:.0e}, but full scale is 1")
         if peak == 0 and others:
             fault = "its first channel, the one that the model hears, is silent, but another channel is not"
-            raise BadClip(fault, f"mix the channels: {ffmpeg_line(path)}")
+            raise BadFile(fault, f"mix the channels: {ffmpeg_line(path)}")
         if peak == 0:
-            raise BadClip("has only zeros, absolute silence")
+            raise BadFile("has only zeros, absolute silence")
     return audio
 
 
 def audio_seconds(path: str) -> float:
-    """Return the length of a clip, by its header if its last sample can be reached. Raises InputError."""
+    """Return the seconds of a clip. Decodes it only if a seek to its last sample fails. Raises InputError."""
     with _one_line_errors(path):
         seconds = sum(_seconds(stream) for stream in _streams(path))
         _check_seconds(seconds)
@@ -65,56 +65,56 @@ def audio_package(name: str) -> Any:
 
 
 def _streams(path: str) -> list[str | bytes]:
-    """Return what to open for a clip, see containers.streams. Raises BadClip if the path cannot be a clip."""
+    """Check that the path is a file with bytes, and call containers.streams. Raises BadFile."""
     if not os.path.lexists(path):
-        raise BadClip("no audio file of this name")
+        raise BadFile("no audio file of this name")
     if not os.path.isfile(path):  # reading a pipe would wait for someone to write
-        raise BadClip(f"is a {kind_of_file(path)}, not an audio file")
+        raise BadFile(f"is a {kind_of_file(path)}, not an audio file")
     if os.path.getsize(path) == 0:
-        raise BadClip("is an empty file")
+        raise BadFile("is an empty file")
     return streams(path)
 
 
 @contextmanager
 def _open(stream: str | bytes) -> Iterator[Any]:
-    """Open a stream as a soundfile.SoundFile. Raises BadClip for a bad header."""
+    """Open a stream as a soundfile.SoundFile. Raises BadFile for a bad header."""
     source, size = (io.BytesIO(stream), len(stream)) if isinstance(stream, bytes) else (stream, os.path.getsize(stream))
     with audio_package("soundfile").SoundFile(source) as file:
         if not 0 < file.samplerate <= MAX_RATE:
             fault = f"has {file.samplerate} Hz, and at most {MAX_RATE} are allowed (ffmpeg -ar 16000 resamples it)"
-            raise BadClip(fault)
+            raise BadFile(fault)
         if file.channels > MAX_CHANNELS:
             fault = f"has {file.channels} channels, and at most {MAX_CHANNELS} are allowed (ffmpeg -ac 1 mixes them)"
-            raise BadClip(fault)
+            raise BadFile(fault)
         if MAX_SECONDS * file.samplerate < file.frames != UNKNOWN:
-            raise BadClip(TOO_LONG.format(f"{file.frames / file.samplerate:.0f}"))
-        # libsndfile's log of WAV, AIFF, AU, W64 and RF64. Some programs count the header, too, and write gigabytes if
-        # they do not know the size.
+            raise BadFile(TOO_LONG.format(f"{file.frames / file.samplerate:.0f}"))
+        # For WAV, AIFF, AU, W64 and RF64, libsndfile logs the announced and the real number of bytes. Two wrong numbers
+        # are harmless: some programs count the header, too, and some write 2 GB or more if they do not know the size.
         sizes = r"^ *(?:data|SSND|BODY|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
         log = re.search(sizes, file.extra_info, re.MULTILINE)
         if log and size + 8 < int(log[1]) < 2_000_000_000:
-            raise BadClip(f"was cut off: only {log[2]} of {log[1]} bytes are left")
+            raise BadFile(f"was cut off: only {log[2]} of {log[1]} bytes are left")
         yield file
 
 
 def _decode(file: Any) -> np.ndarray:
-    """Read all samples of an open stream, [samples, channels]. Raises BadClip if some are missing."""
+    """Read all samples of an open stream, [samples, channels]. Raises BadFile if some are missing."""
     file.seekable = lambda: False  # soundfile would seek after reading, and some codecs cannot
     longest = MAX_SECONDS * file.samplerate
     try:
         samples = file.read(min(file.frames, longest + 1), dtype="float32", always_2d=True)
     except audio_package("soundfile").LibsndfileError as error:
-        raise BadClip(f"cannot be read as audio: it was cut off or is damaged ({error})") from None
+        raise BadFile(f"cannot be read as audio: it was cut off or is damaged ({error})") from None
     if len(samples) > longest:
-        raise BadClip(TOO_LONG.format(f"over {MAX_SECONDS}"))
+        raise BadFile(TOO_LONG.format(f"over {MAX_SECONDS}"))
     if file.frames != UNKNOWN and len(samples) < 0.9 * file.frames:  # for an MP2, frames is an estimate
         left, announced = len(samples) / file.samplerate, file.frames / file.samplerate
-        raise BadClip(f"was cut off or is damaged: only {left:.1f} of {announced:.1f} s can be read")
+        raise BadFile(f"was cut off or is damaged: only {left:.1f} of {announced:.1f} s can be read")
     return samples
 
 
 def _seconds(stream: str | bytes) -> float:
-    """Return the length of a stream, by its header if its last sample can be reached, else by decoding it."""
+    """Return the seconds of a stream: from its header, or by decoding it if a seek to its last sample fails."""
     with _open(stream) as file, suppress(audio_package("soundfile").LibsndfileError):
         if "MPEG" not in file.subtype:  # there, seeking decodes everything before
             file.seek(file.frames - 1)  # fails for some codecs, for an unknown length and if the file was cut off
@@ -125,9 +125,9 @@ def _seconds(stream: str | bytes) -> float:
 
 def _check_seconds(seconds: float) -> None:
     if seconds < MIN_SAMPLES / SAMPLE_RATE:
-        raise BadClip(f"has {seconds * 1000:.0f} ms of audio, and at least 25 ms are needed")
+        raise BadFile(f"has {seconds * 1000:.0f} ms of audio, and at least 25 ms are needed")
     if seconds > MAX_SECONDS:
-        raise BadClip(TOO_LONG.format(f"{seconds:.0f}"))
+        raise BadFile(TOO_LONG.format(f"{seconds:.0f}"))
 
 
 @contextmanager
@@ -135,14 +135,14 @@ def _one_line_errors(path: str):
     damaged = audio_package("soundfile").LibsndfileError
     try:
         yield
-    except BadClip as fault:
+    except BadFile as fault:
         raise InputError(f"{path}: {fault}") from None
     # TypeError: .raw files without header; MemoryError: a damaged header that claims hours of audio
     except (OSError, TypeError, ValueError, MemoryError, damaged) as error:
         reason = " ".join(getattr(error, "error_string", str(error)).split()) or type(error).__name__
         code, remedy = getattr(error, "code", 0), "replace or remove this clip"
         if code == 7:  # libsndfile says "does not exist" of an .mp3 file that is something else
-            reason = "it is no MP3"
+            reason = "it is not an MP3"
         elif code > 2:  # the format is known, but perhaps not the codec in it
             remedy = replace_or_convert(path)
         raise InputError(f"{path}: cannot be read as audio ({reason}); {remedy}") from None

@@ -1,8 +1,9 @@
-"""Audio files by their bytes: formats that libsndfile cannot read, and files that it reads only in part."""
+"""Read the bytes of audio files: recognize formats that libsndfile cannot read, repair files that it reads in part."""
 
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,8 +21,8 @@ FOREIGN = {
     rb"wvpk": "WavPack",
     rb"MAC ": "Monkey's Audio",
 }
-# The first frame of an MP3 may hold no sound but the number of frames and bytes, behind side information of 9, 17 or 32
-# bytes and perhaps a checksum of two.
+# The first frame of an MP3 may hold the number of frames and of bytes instead of sound. Before these numbers are a
+# checksum of 0 or 2 bytes and side information of 9, 17 or 32 bytes.
 XING = rb"\xff[\xe2-\xff]..(?:..)?(?:.{9}|.{17}|.{32})(?:Xing|Info)\0\0\0[\x03\x07\x0b\x0f](.{4})(.{4})"
 LAYER_III = rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]."  # header of a frame of an MP3
 MPEG_1, MPEG_2, MPEG_2_5 = 0xFB, 0xF3, 0xE3  # its second byte, where the lowest bit says that there is no checksum
@@ -29,8 +30,8 @@ KBITS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 KBITS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
-class BadClip(Exception):
-    """What is wrong with a clip, and what to do."""
+class BadFile(Exception):
+    """The fault of a clip and its remedy, as one line without the path."""
 
     def __init__(self, fault: str, remedy: str = "replace or remove this clip"):
         super().__init__(f"{fault}; {remedy}")
@@ -42,16 +43,16 @@ def ffmpeg_line(path: str) -> str:
 
 
 def replace_or_convert(path: str) -> str:
-    """Return the remedy for a clip that libsndfile cannot read and that may be right."""
+    """Return the remedy if a clip may be good although libsndfile cannot read it."""
     return f"replace or remove this clip, or if other programs play it, convert it: {ffmpeg_line(path)}"
 
 
 def streams(path: str) -> list[str | bytes]:
-    """Return what libsndfile has to open, in this order, to read all of a clip: its path, or contents.
+    """Return what libsndfile has to open to read all of a clip: its path, or the bytes of one or more files in order.
 
-    From the path alone, libsndfile reads the first of several Ogg streams, nothing of a WAV file whose recorder left
-    the size at 0, and a guessed part of an MP3 whose length is not in its first frame. Raises BadClip for a format that
-    libsndfile cannot read, and for an Ogg or MP3 file that was cut off.
+    From the path, libsndfile reads only the first of several Ogg streams, nothing if the size of a WAV file is 0, and a
+    guessed part of an MP3 without its length in the first frame. Raises BadFile for a format that libsndfile cannot
+    read, and for an Ogg or MP3 file that was cut off.
     """
     with open(path, "rb") as file:
         start = 0
@@ -60,57 +61,68 @@ def streams(path: str) -> list[str | bytes]:
             file.seek(start)
     for first_bytes, name in FOREIGN.items():
         if re.match(first_bytes, head, re.DOTALL):
-            raise BadClip(f"is {name}, which soundfile cannot read", f"convert it: {ffmpeg_line(path)}")
-    contents: list[bytes] = []
+            raise BadFile(f"is {name}, which soundfile cannot read", f"convert it: {ffmpeg_line(path)}")
     if head.startswith(b"OggS"):
-        contents = _ogg_streams(path)
-    elif head.startswith(b"RIFF") and (size := re.search(rb"data\0\0\0\0(?!LIST|bext|iXML|id3 )", head)):
-        contents = [Path(path).read_bytes().replace(size[0], b"data\xff\xff\xff\xff", 1)]  # the size is not known
-    elif _frame_length(head):
-        contents = _mp3_with_length(path, head, start)
-    return [*contents] or [path]
+        return _ogg_streams(path)
+    # A data chunk of size 0 before another chunk is empty. Otherwise the recorder left the size at 0.
+    if head.startswith(b"RIFF") and (size := re.search(rb"data\0\0\0\0(?!LIST|bext|iXML|id3 )", head)):
+        return [Path(path).read_bytes().replace(size[0], b"data\xff\xff\xff\xff", 1)]  # the size is not known
+    if _frame_length(head):
+        return [_mp3_with_length(path, head, start) or path]
+    return [path]
 
 
-def _ogg_streams(path: str) -> list[bytes]:
-    """Split an Ogg file into streams that follow each other; [] if there is one. Raises BadClip if it was cut off."""
+def _ogg_streams(path: str) -> list[str | bytes]:
+    """Split an Ogg file into streams that follow each other. Returns the path if there is only one.
+
+    Raises BadFile if the file was cut off.
+    """
     content = Path(path).read_bytes()
     starts, first_page_end, end, flags = [], -1, 0, 0
     for page in re.finditer(rb"OggS\0(.).{20}(.)", content, re.DOTALL):
         flags, end = page[1][0], page.end() + page[2][0] + sum(content[page.end() : page.end() + page[2][0]])
-        if flags & 2:  # the first page of a stream; right behind another first page, it runs beside that stream
+        if flags & 2:  # the first page of a stream; two first pages in a row belong to streams that run side by side
             if page.start() != first_page_end:
                 starts.append(page.start())
             first_page_end = end
     if end > len(content) or not flags & 4:  # 4: the last page of a stream; a tag may follow
-        raise BadClip("was cut off: its last page is missing", replace_or_convert(path))  # or its recorder was stopped
-    return [content[a:b] for a, b in pairwise([*starts, len(content)])] if starts[1:] else []
+        raise BadFile("was cut off: its last page is missing", replace_or_convert(path))  # or its recorder was stopped
+    if len(starts) < 2:
+        return [path]
+    return [content[a:b] for a, b in pairwise([*starts, len(content)])]
 
 
-def _mp3_with_length(path: str, head: bytes, start: int) -> list[bytes]:
-    """Return an MP3 with its number of frames in front, or [] if it has the number. start: byte of its first frame.
+def _mp3_with_length(path: str, head: bytes, start: int) -> bytes | None:
+    """Return an MP3 with its number of frames in front, or None if the file has the right number there.
 
-    MP3s that were joined have the number of the first of them. Raises BadClip if the file was cut off.
+    head: the bytes from its first frame on. start: where that frame begins in the file. A file of several MP3s in a row
+    has the number of the first one alone. Raises BadFile if the file was cut off.
     """
     size, xing = os.path.getsize(path) - start, re.match(XING, head, re.DOTALL)
     number, announced = (int.from_bytes(field, "big") for field in xing.groups()) if xing else (0, 0)
     if size < 0.99 * announced:
-        raise BadClip(f"was cut off: only {size} of {announced} bytes are left")
+        raise BadFile(f"was cut off: only {size} of {announced} bytes are left")
     if number and announced and size <= 1.01 * announced + 128:  # 128: a tag at the end
-        return []
-    content, at, in_sync, frames = Path(path).read_bytes(), start, True, []
-    while 0 <= at < len(content):
-        length = _frame_length(content[at : at + 4])
-        if length and (in_sync or _frame_length(content[at + length : at + length + 4])):
-            frames.append(content[at : at + length])
-            at, in_sync = at + length, True
-        else:  # a tag or damage: go on at the next two frames in a row
-            at, in_sync = content.find(b"\xff", at + 1), False
-    frames = [frame for frame in frames if not re.match(XING, frame, re.DOTALL)]
+        return None
+    frames = [frame for frame in _frames(Path(path).read_bytes(), start) if not re.match(XING, frame, re.DOTALL)]
     version, mono = head[1] | 1, head[3] >= 0xC0
     header = bytes([0xFF, version, head[2] & 15 | 0xE0, head[3]])  # no checksum, and the highest bit rate
     side = (17 if mono else 32) if version == MPEG_1 else (9 if mono else 17)
     first = header + bytes(side) + b"Xing" + (1).to_bytes(4) + len(frames).to_bytes(4)
-    return [first.ljust(_frame_length(header), b"\0") + b"".join(frames)]
+    return first.ljust(_frame_length(header), b"\0") + b"".join(frames)
+
+
+def _frames(content: bytes, at: int) -> Iterator[bytes]:
+    """Yield the layer III frames from byte `at` on. After a tag or damage, continue at the next two frames in a row."""
+    in_sync = True
+    while 0 <= at < len(content):
+        length = _frame_length(content[at : at + 4])
+        in_sync = bool(length and (in_sync or _frame_length(content[at + length : at + length + 4])))
+        if in_sync:
+            yield content[at : at + length]
+            at += length
+        else:
+            at = content.find(b"\xff", at + 1)
 
 
 def _frame_length(header: bytes) -> int:

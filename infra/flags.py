@@ -1,4 +1,4 @@
-"""Command lines: the allowed range of each numeric flag, and one-line errors. Every script uses this parser."""
+"""Command lines: the allowed range of each numeric flag, one-line errors, output in any encoding."""
 
 import argparse
 import io
@@ -72,11 +72,12 @@ AUTO_ON_OFF = dict(type=auto_on_off, metavar="{auto,on,off}")
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that requires numbers within LIMITS and prints errors as one line, on rank 0 only.
 
-    Texts must be UTF-8, because tokenizers and safetensors take no other file names.
+    It also requires texts in UTF-8, because tokenizers and safetensors take no other file names, and makes print safe
+    for every character.
     """
 
     def parse_args(self, args=None, namespace=None):
-        print_every_character()
+        escape_other_characters()
         parsed = super().parse_args(args, namespace)
         for name, given in vars(parsed).items():
             for value in given if isinstance(given, list) else [given]:
@@ -92,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def print_every_character() -> None:
+def escape_other_characters() -> None:
     """Make standard output write an escape for each character that its encoding lacks.
 
     Without this, print raises UnicodeEncodeError for Chinese questions if the encoding is cp1252 or ASCII. Standard

@@ -1,11 +1,11 @@
-"""One owner for each run folder, predictions file and table, so that two jobs never write to the same place.
+"""One owner for each run folder, predictions file, table and new model, so that two jobs never write to the same place.
 
-A job owns OUT or NAME while it holds a lock on the file OUT/owner.json or NAME.owner.json. It writes its host, its
-process id and a random token into the file. A second job is refused. The system drops the lock of a dead process, so
-the file of a dead job blocks nobody.
+A job owns the folder OUT if it holds a lock on OUT/owner.json, and the file or new folder NAME if it holds a lock on
+NAME.owner.json. It writes its host, its process id and a random token into this owner file. A second job is refused.
+The system drops the lock of a dead process, so the owner file of a dead job blocks nobody.
 
-Some network disks have no locks, or lose them. There the second job writes its own token into the file. The first job
-finds that token before its next write, and stops.
+Some network disks have no locks, or lose them. There the second job writes its own token into the owner file. The first
+job reads the file before each write, finds the other token, and stops.
 """
 
 import fcntl
@@ -28,10 +28,11 @@ _tokens: dict[Path, str] = {}  # of this process, by owner file
 
 @contextmanager
 def owning(file: Path, patience: int = 0) -> Iterator[None]:
-    """Inside `with`, own the place of an owner file. One rank of a job calls this for all ranks.
+    """Inside `with`, lock an owner file and write this job's name into it. One rank of a job calls this for all ranks.
 
-    Makes a missing folder, and removes it at the end if it is empty. patience: seconds to wait for another owner's end;
-    at least LEASE if that owner is on another host, which may be dead. Raises InputError if it does not end.
+    Makes the file's folder if it is missing, and removes it at the end if it is empty. If another job holds the lock,
+    waits `patience` seconds for its end, and at least LEASE if its host is another one, which may be dead. Raises
+    InputError if that job still holds the lock then.
     """
     require_ownership()
     new_folder = not file.parent.exists()
@@ -60,7 +61,7 @@ def _lock(file: Path, patience: int) -> int:
     """Open and lock an owner file; only open it if its disk has no locks. Returns the descriptor. Raises InputError."""
     waited = 0
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)  # the owner before may have removed it
+        file.parent.mkdir(parents=True, exist_ok=True)  # the previous owner may have removed it
         try:
             descriptor, free = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), True
         except PermissionError:
@@ -76,7 +77,7 @@ def _lock(file: Path, patience: int) -> int:
             if free and os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 return descriptor
         os.close(descriptor)
-        if free:  # but the owner before has just removed the file
+        if free:  # the previous owner has just removed this file: open the new one
             continue
         owner = _read(file)
         if waited >= (patience if owner.get("host") == socket.gethostname() else max(patience, LEASE)):
@@ -96,9 +97,9 @@ def owner_file(path: str | Path) -> Path:
 
 
 def require_ownership() -> None:
-    """Raise InputError if another job has taken over a place of this process. Call this before each write.
+    """Raise InputError if another job has taken over an owner file of this process. Call this before each write.
 
-    An owner file that cannot be read is no reason to stop. A removed one is: another job may have come and gone.
+    An unreadable owner file does not stop this job. A missing one does: another job may have written there meanwhile.
     """
     for file, token in _tokens.items():
         owner = _read(file)

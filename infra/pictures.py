@@ -1,4 +1,4 @@
-"""Save figures as pictures, with the installed fonts that have their characters."""
+"""Save figures as PNG files. Installed fonts supply the characters that matplotlib's own fonts lack."""
 
 import logging
 import re
@@ -19,8 +19,8 @@ def save_picture(figure, path: Path, dpi: int) -> None:
             missing = _save(figure, unfinished, dpi)
     if missing:
         some = "".join(sorted(missing)[:10])
-        lack = f"{path}: the fonts at hand lack {len(missing)} of its characters, such as {some!r}"
-        print(f"{lack}; install a font that has them, such as Noto Sans CJK", file=sys.stderr)
+        lack = f"{path}: no installed font has some characters of this picture ({len(missing)}, such as {some!r})"
+        print(f"{lack}; install a font that has them, for example Noto Sans CJK", file=sys.stderr)
 
 
 def _save(figure, path: Path, dpi: int) -> set[str]:
@@ -45,7 +45,7 @@ def _add_fonts(figure, missing: set[str]) -> None:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns if a font has no bold letters
     codes, families = set(map(ord, missing)), []
     for path in sorted(findSystemFonts()):  # matplotlib's own list is older than fonts installed since its first use
-        with suppress(Exception):  # matplotlib cannot use this font, such as one of bitmaps
+        with suppress(Exception):  # matplotlib cannot read some fonts, such as bitmap fonts
             font = get_font(path)
             if codes & font.get_charmap().keys():
                 fontManager.addfont(path)

@@ -10,8 +10,8 @@ import time
 import traceback
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from infra.errors import InputError
+from infra.ownership import owning
 
 # ---- join and wait ----
 
@@ -157,6 +158,14 @@ def on_rank_0(function):
     if failure is not None:
         raise SharedInputError(failure)
     return result
+
+
+@contextmanager
+def owning_together(files: list[Path]) -> Iterator[None]:
+    """Inside `with`, rank 0 holds these owner files for all ranks. All ranks call this. Raises SharedInputError."""
+    with ExitStack() as owned:
+        on_rank_0(lambda: [owned.enter_context(owning(file)) for file in files])
+        yield
 
 
 class SharedInputError(InputError):

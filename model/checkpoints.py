@@ -60,20 +60,20 @@ def check_model(name_or_path: str) -> None:
                 f"{name_or_path}: the base model of this adapter, {base}, cannot be used ({error}); put it there, or "
                 "change base_model_name_or_path in adapter_config.json"
             ) from None
-        if _processor_home(name_or_path) == name_or_path:
-            _check_processor_files(name_or_path, _processor_home(base))
+        if _processor_source(name_or_path) == name_or_path:
+            _check_processor_files(name_or_path, _processor_source(base))
         return
-    in_folder = os.path.exists(name_or_path)
-    if in_folder:
+    is_folder = os.path.exists(name_or_path)
+    if is_folder:
         if not os.path.isfile(os.path.join(name_or_path, "config.json")):
             raise InputError(f"{name_or_path}: not a model folder, it has no config.json")
         _check_weight_files(name_or_path)
-    of_hub = "" if in_folder else " of the Hub, and no folder here has this name"
+    of_hub = "" if is_folder else " of the Hub, and no folder here has this name"
     with loading_errors(name_or_path, f"a Qwen2-Audio model{of_hub}"):
         model_type = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).model_type
         if model_type != "qwen2_audio":
             raise ValueError(f"its config.json says {model_type}")
-    if in_folder:
+    if is_folder:
         _check_processor_files(name_or_path, "Qwen/Qwen2-Audio-7B-Instruct")
 
 
@@ -100,9 +100,9 @@ def _check_weight_files(folder: str) -> None:
 
 
 def _check_processor_files(folder: str, base: str) -> None:
-    """Raise InputError unless a folder has a whole processor. transformers would put defaults in place of some files.
+    """Raise InputError if a folder lacks processor files. transformers would use defaults in place of some of them.
 
-    base: the model to copy the files from, in the message.
+    base: the model whose processor the message recommends.
     """
     found = {name for name in PROCESSOR_FILES if os.path.isfile(os.path.join(folder, name))}
     missing = {
@@ -114,14 +114,14 @@ def _check_processor_files(folder: str, base: str) -> None:
         names = ", ".join(name for name, is_missing in missing.items() if is_missing)
         load, save = f"AutoProcessor.from_pretrained({json.dumps(base)})", f"save_pretrained({json.dumps(folder)})"
         command = f"python -c {shlex.quote(f'from transformers import AutoProcessor; {load}.{save}')}"
-        remedy = f"copy its processor from the model that it was trained from, as in: {command}"
+        remedy = f"copy the processor of the model that it was trained from, for example with: {command}"
         raise InputError(f"{folder}: has no {names}; {remedy}")
 
 
-def _processor_home(name_or_path: str) -> str:
-    """Return the model that has the processor. peft writes none beside an adapter: then it is the base's."""
+def _processor_source(name_or_path: str) -> str:
+    """Return the model that has the processor: the base of an adapter if the adapter has no processor files."""
     if is_adapter(name_or_path) and not any(Path(name_or_path, name).is_file() for name in PROCESSOR_FILES):
-        return _processor_home(adapter_base(name_or_path))
+        return _processor_source(adapter_base(name_or_path))
     return name_or_path
 
 
@@ -129,10 +129,10 @@ def _processor_home(name_or_path: str) -> str:
 
 
 def identify_model(name_or_path: str) -> dict[str, str]:
-    """Return what a model is: of a folder, each file's bytes and digest; of a Hugging Face name, the commit.
+    """Return file name -> size and digest for a model folder, or {"commit": COMMIT} for a Hugging Face name.
 
-    The files of an adapter's base are among the adapter's, as base/NAME. Reads all weights: one core of a server hashes
-    1.3 GB/s, and each file has a thread.
+    An adapter includes the files of its base, as base/NAME. Reads all weights, one thread per file: one core of a
+    server hashes 1.3 GB/s.
     """
     if os.path.isdir(name_or_path):
         folder = Path(os.path.abspath(name_or_path))
@@ -195,15 +195,15 @@ def load_policy(name_or_path: str, dtype: torch.dtype, device: torch.device):
 
 def load_processor(name_or_path: str):
     """Load the processor of a model or an adapter. Raises InputError if it does not fit the model's config.json."""
-    home = _processor_home(name_or_path)
+    home = _processor_source(name_or_path)
     with loading_errors(home, "a processor of Qwen2-Audio"):
         processor = AutoProcessor.from_pretrained(home, trust_remote_code=False)
         config = AutoConfig.from_pretrained(base_of(name_or_path), trust_remote_code=False)
         token, bins = processor.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN), processor.feature_extractor.feature_size
         if token != config.audio_token_id:
-            raise ValueError(f"its tokenizer has {AUDIO_TOKEN} as {token}, and config.json as {config.audio_token_id}")
+            raise ValueError(f"{AUDIO_TOKEN} is {token} in its tokenizer, but {config.audio_token_id} in config.json")
         if bins != config.audio_config.num_mel_bins:
-            raise ValueError(f"it makes {bins} mel bins, and config.json has {config.audio_config.num_mel_bins}")
+            raise ValueError(f"it makes {bins} mel bins, but config.json has {config.audio_config.num_mel_bins}")
     processor.tokenizer.padding_side = "left"
     return processor
 

@@ -1,4 +1,4 @@
-"""Start processes fast: one imports torch and transformers, and others are forks of it or need neither."""
+"""Start processes fast: forks of one process that has imported torch, and jobs that do not need torch."""
 
 import json
 import multiprocessing
@@ -24,15 +24,17 @@ def run_processes(function, args, nprocs):
 
 # ---- another job ----
 
+NO_LOCKS = """
+import errno, fcntl
+def flock(*args): raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
 JOB = """
-import fcntl, subprocess, sys
+import subprocess, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from infra.ownership import owning
-if sys.argv[2] == "no locks":
-    def flock(*args): raise OSError(37, "No locks available")
-    fcntl.flock = flock
-with owning(Path(sys.argv[3])):
+with owning(Path(sys.argv[2])):
     child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
     print(child.pid, flush=True)
     sys.stdin.readline()
@@ -42,8 +44,11 @@ with owning(Path(sys.argv[3])):
 
 @contextmanager
 def another_owner(file, locks=True):
-    """Inside `with`, another process owns an owner file and has a child. Yields it; `communicate()` ends it."""
-    command = [sys.executable, "-c", JOB, str(ROOT), "locks" if locks else "no locks", str(file)]
+    """Inside `with`, another process holds an owner file. Yields this process; `communicate()` ends it.
+
+    It also has a child, which must not inherit the lock.
+    """
+    command = [sys.executable, "-c", JOB if locks else NO_LOCKS + JOB, str(ROOT), str(file)]
     with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         child = int(process.stdout.readline())
         try:

@@ -110,7 +110,7 @@ def test_a_folder_without_a_whole_processor_is_refused_and_the_printed_command_r
     """transformers would load a tokenizer of six tokens, or another end token."""
     folder = shutil.copytree(saved, tmp_path / "it's a model")
     (folder / lost).unlink()
-    with pytest.raises(InputError, match=f"has no {lost}; copy its processor from .*: python -c ") as error:
+    with pytest.raises(InputError, match=f"has no {lost}; copy the processor of .*: python -c ") as error:
         check_model(str(folder))
     [code] = shlex.split(str(error.value).partition("python -c ")[2])
     exec(code.replace("Qwen/Qwen2-Audio-7B-Instruct", str(saved)))

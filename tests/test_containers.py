@@ -143,5 +143,5 @@ def test_a_codec_that_soundfile_cannot_read(tmp_path):
     for content in (caf, page(2, b"Speex   " + bytes(72)) + page(4, b"x")):
         message = fault(tmp_path / "a.xyz", content)
         assert "cannot be read as audio (" in message and "-i /a.xyz -ar 16000 -ac 1 /a_16k.wav" in message
-    for name, reason in (("a.wav", "Format not recognised."), ("a.mp3", "it is no MP3")):
+    for name, reason in (("a.wav", "Format not recognised."), ("a.mp3", "it is not an MP3")):
         assert fault(tmp_path / name, 100 * b"<html>404</html>").endswith(f"({reason}); replace or remove this clip")

@@ -384,7 +384,7 @@ def test_odd_choices_and_answers(mmau, tmp_path, capsys):
     assert evaluate(*arguments(mmau, tmp_path / "out.json", "--data", path)) == 0
     captured = capsys.readouterr()
     assert re.search(r"^all .*/4", captured.out, re.MULTILINE) and "sub_category" in captured.out
-    assert f"{path}, record 1: the right answer '(B) Wind' cannot be given exactly: it is not lit" in captured.out
+    assert f"{path}, record 1: the right answer '(B) Wind' cannot be rewarded: it is not one" in captured.out
     assert [list(r)[: len(odd[0])] for r in json.loads((tmp_path / "out.json").read_text())] == [list(r) for r in odd]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from forked import ENVIRONMENT, ROOT, another_owner
+from forked import ENVIRONMENT, NO_LOCKS, ROOT, another_owner
 
 from data import load_questions
 from training import toy_model
@@ -227,13 +227,6 @@ def test_a_second_job_is_refused_before_it_writes(home, run, forker):
             assert "_aqa.py: error: owned/run/owner.json: another job (process " in done.stderr
             assert [path.name for path in (home / "owned" / "run").iterdir()] == ["owner.json"]
     assert not (home / "owned" / "run").exists()
-
-
-NO_LOCKS = """
-import fcntl
-def flock(*args): raise OSError(37, "No locks available")
-fcntl.flock = flock
-"""
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_file_names_must_be_utf_8(script, capsys):
 def test_a_clips_name_must_be_one_that_the_system_can_spell(monkeypatch):
     monkeypatch.setattr(os, "fsencode", lambda name: name.encode("ascii"))
     assert parse_record(CHINESE | {"audio": "c.wav"}, "line 1", "clips").audio == "clips/c.wav"
-    with pytest.raises(InputError, match="^line 2: file names are ascii here, .* 'clips/雨.wav'; set PYTHONUTF8=1"):
+    with pytest.raises(InputError, match="^line 2: .* file names, ascii, lacks .* 'clips/雨.wav'; set PYTHONUTF8=1"):
         parse_record(CHINESE | {"audio": "雨.wav"}, "line 2", "clips")
 
 

@@ -383,7 +383,7 @@ def test_a_merged_model_predicts_the_same(home, tmp_path, evaluate):
 def test_a_model_that_cannot_be_merged_is_one_line(home, tmp_path, evaluate):
     new = tmp_path / "merged"
     (tmp_path / "run" / "step_000001").mkdir(parents=True)
-    for flags, message in (
+    cases = (
         (["--ckpt", home / "base", "--merge", new], "nothing to merge, this is not the folder of an adapter"),
         (["--ckpt", tmp_path / "run", "--merge", new], "nothing to merge, this is a run folder; name one of its step_"),
         (["--ckpt", home / "adapter", "--merge", tmp_path], "exists already"),
@@ -391,9 +391,10 @@ def test_a_model_that_cannot_be_merged_is_one_line(home, tmp_path, evaluate):
         (["--ckpt", home / "adapter", "--merge", new, "--template", "think"], "--merge and --template contradict"),
         (["--merge", new], "--ckpt is missing"),
         (["--ckpt", home / "adapter", "--merge", tmp_path / "theirs"], "another job (process"),
-    ):
-        with another_owner(tmp_path / "theirs.owner.json"):
+    )
+    with another_owner(tmp_path / "theirs.owner.json"):
+        for flags, message in cases:
             status, printed = evaluate(*flags)
-        assert status in (1, 2) and message in printed and "Traceback" not in printed
+            assert status in (1, 2) and message in printed and "Traceback" not in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     assert not new.exists() and Path(home / "adapter").exists()

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import time
+from contextlib import ExitStack
 
 import pytest
 from forked import another_owner
@@ -101,14 +102,9 @@ def test_the_lock_is_on_the_file_that_has_the_name(file, monkeypatch):
             removed.append(file.unlink())
         flock(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", late)
-        owned = owning(file)
-        owned.__enter__()
-    with another_owner(file.parent / "other") as job, pytest.raises(BlockingIOError):
-        fcntl.flock(os.open(file, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    assert job.returncode == 0
-    owned.__exit__(None, None, None)
+    monkeypatch.setattr(fcntl, "flock", late)
+    with owning(file), pytest.raises(BlockingIOError):
+        flock(os.open(file, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 # ---- disks without locks ----
@@ -133,30 +129,27 @@ def test_without_locks_the_newer_job_wins(file, monkeypatch):
 
     with another_owner(file, locks=False), owning(file):
         require_ownership()
-    with owning(file):
-        newer = another_owner(file, locks=False)
-        job = newer.__enter__()
-    assert json.loads(file.read_bytes())["process"] == job.pid
-    newer.__exit__(None, None, None)
+    with ExitStack() as newer:
+        with owning(file):
+            job = newer.enter_context(another_owner(file, locks=False))
+        assert json.loads(file.read_bytes())["process"] == job.pid
 
 
 def test_two_jobs_that_write_at_once_do_not_mix_their_texts(file, monkeypatch):
     """A job of a host with a long name writes its text just before one of a host with a short name."""
-    truncate, others = os.ftruncate, []
+    truncate, other = os.ftruncate, ExitStack()
 
     def late(descriptor, size):
         truncate(descriptor, size)
-        if not others:
+        if socket.gethostname() == "h":
             monkeypatch.setattr(socket, "gethostname", lambda: "h" * 200)
-            others.append(owning(file))
-            others[0].__enter__()
+            other.enter_context(owning(file))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(socket, "gethostname", lambda: "h")
     monkeypatch.setattr(os, "ftruncate", late)
-    with owning(file):
+    with other, owning(file):
         assert json.loads(file.read_bytes())["host"] == "h"
-    others[0].__exit__(None, None, None)
 
 
 def test_a_link_is_not_followed(tmp_path):

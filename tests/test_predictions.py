@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data import Question
 from evaluation import predictions
 from infra.errors import InputError
 from infra.ownership import OWNER, owning
@@ -28,27 +29,30 @@ def test_where_predictions_are_written(tmp_path):
 def test_the_prediction_is_the_majority_vote():
     """The vote counts the samples' answers, not their whole texts. Questions without a completion are wrong."""
     texts = ["a bell", "<answer>rain</answer>", "so <answer>rain</answer>", "rain", " a bell\n"]
-    choices = [["rain", "a bell"], ["x", "y"]]
-    (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], choices, {0: texts}, {1: "why"}, sampled=True)
+    questions = [Question("0", "a.wav", "What?", choices, None) for choices in (["rain", "a bell"], ["x", "y"])]
+    (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], questions, {0: texts}, {1: "why"}, sampled=True)
     assert voted.pop("samples") == texts
     assert voted == {"id": 1, "model_prediction": "rain", "model_output": "rain", "completion": texts[0]}
     empty = {"model_prediction": "", "model_output": "", "completion": ""}
     assert silent == {"id": 2, **empty, "samples": [], "error": "why"}
-    assert predictions.with_answers([{}], choices, {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
+    assert predictions.with_answers([{}], questions, {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
+    question = Question("0", "a.wav", "What?", ["th\u00e9", "the"], None)
     for texts in (["the\u0301"], ["th\u00e9", "the\u0301"]):  # a choice, as the file spells it; both samples say it
-        [tea] = predictions.with_answers([{}], [["th\u00e9", "the"]], {0: texts}, {}, sampled=len(texts) > 1)
+        [tea] = predictions.with_answers([{}], [question], {0: texts}, {}, sampled=len(texts) > 1)
         assert tea["model_prediction"] == tea["model_output"] == "th\u00e9" and tea["completion"] == texts[0]
 
 
 def test_fields_of_the_user_are_not_overwritten():
     """A record of an earlier evaluation loses what that evaluation has added. A field of the user's own is refused."""
     for sampled, errors in ((True, {}), (False, {0: "why"})):
-        [record] = predictions.with_answers([{"id": 1, "mine": 2}], [["x", "y"]], {}, errors, sampled)
-        assert predictions.own_fields(record, "p") == {"id": 1, "mine": 2}
-    assert predictions.own_fields({"id": 1, "samples": None, "error": float("nan")}, "p") == {"id": 1}  # absent
+        question = Question("0", "a.wav", "What?", ["x", "y"], None)
+        [record] = predictions.with_answers([{"id": 1, "mine": 2}], [question], {}, errors, sampled)
+        assert predictions.without_answers([("p", record)]) == ([{"id": 1, "mine": 2}], [])
+    absent = {"id": 1, "samples": None, "error": float("nan")}
+    assert predictions.without_answers([("p", absent)]) == ([{"id": 1}], [])
     for key in predictions.ADDED:
-        with pytest.raises(InputError, match=f"^p: has the field '{key}', which predictions files use"):
-            predictions.own_fields({"id": 1, key: "mine"}, "p")
+        [problem] = predictions.without_answers([("p", {"id": 1, key: "mine"})])[1]
+        assert problem.startswith(f"p: has the field '{key}', which predictions files use")
 
 
 def test_a_checkpoint_is_identified_by_its_model_files(mmau, tmp_path):

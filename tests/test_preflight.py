@@ -134,19 +134,7 @@ def test_every_special_token_is_found_by_name(tiny):
 @pytest.mark.parametrize("template", ["direct", "answer", "think"])
 def test_right_answers_in_any_script_can_be_rewarded(tiny, template):
     """Decomposed text, marks, joiners, several lines, quotes, backslashes, emoji: the rewards see what was asked."""
-    answers = [
-        "dog",
-        "cafe\u0301",
-        "caf\u00e9",
-        "दिन",
-        "क्\u200dष",
-        "犬の\u3000声",
-        "10\u00a0km",
-        "C:\\new",
-        "+",
-        "C#",
-        "🎵",
-    ]
+    answers = ["cafe\u0301", "caf\u00e9", "दिन", "क्\u200dष", "犬の\u3000声", "10\u00a0km", "C:\\new", "+", "C#", "🎵"]
     answers += ['it\'s "it"', " a dog ", "dog\n", "مرحبا", "\u1100\u1161", "½", "\u2460", "a<b", "</s>", "one\ntwo"]
     assert unrewardable(tiny[1], [ask(answer, "other") for answer in answers], template, 100) == []
 
@@ -162,16 +150,16 @@ def test_right_answers_that_cannot_be_rewarded_are_listed_with_the_reason(tiny):
     questions += [dataclasses.replace(ask("dog", "cat", place="p5"), answer=None)]
     lines = unrewardable(tiny[1], questions, "answer", len(long) - 1)
     assert [line.split(":")[0] for line in lines] == ["p1", "p2", "p4"]
-    assert f"it takes {len(long)} tokens, more than --max_new_tokens {len(long) - 1}" in lines[0]
-    assert "the right answer '</answer>' cannot be given exactly: the rewards do not find it" in lines[1]
-    assert "is not literally among the choices" in lines[2]
+    assert f"it takes {len(long)} tokens; raise --max_new_tokens to {len(long)} or more" in lines[0]
+    assert "the right answer '</answer>' cannot be rewarded: the rewards do not find it" in lines[1]
+    assert "is not one of the choices" in lines[2]
     assert len(unrewardable(tiny[1], questions, "answer", len(long))) == 2
 
 
 def test_an_answer_that_the_prompt_does_not_show_is_listed(tiny, monkeypatch):
     monkeypatch.setitem(data.TEMPLATES, "answer", "{question} Answer.")
     [line] = unrewardable(tiny[1], [ask("dog", "cat")], "answer", 100)
-    assert line.endswith("the prompt does not show it as it has to be written")
+    assert "the prompt does not contain it" in line
 
 
 # ---- lengths of clips ----

@@ -386,7 +386,7 @@ APART = [  # choices, answer, whether MMAU's rule tells them apart, share of the
 @pytest.mark.parametrize("choices, answer, apart, share", APART)
 def test_exact_comparison_where_the_rule_fails(choices, answer, apart, share):
     question = Question("7", "a.wav", "What?", choices, answer)
-    assert scores.is_told_apart(question) is apart
+    assert scores.choices_told_apart(question) is apart
     assert scores.guessing([question]) == pytest.approx(share)
     assert share == pytest.approx(sum(mmau_match(answer, choice, choices) for choice in choices) / len(choices))
     if not apart:

@@ -30,15 +30,15 @@ def test_with_a_model_the_defaults_are_the_papers(parse_args, _, lr):
     assert args.out.startswith("runs/Model") and args.max_new_tokens == 256 and args.save_every == 100
 
 
-@pytest.mark.parametrize("place, model", [("", "base/"), ("base", "."), ("base/inner", ".."), ("", "latest")])
-def test_a_model_folder_names_its_run(tmp_path, monkeypatch, place, model):
+@pytest.mark.parametrize(
+    "place, model, name",
+    [("", "base/", "base"), ("base", ".", "base"), ("base/inner", "..", "base"), ("", "latest", "latest")],
+)
+def test_a_model_folder_names_its_run(tmp_path, monkeypatch, place, model, name):
     (tmp_path / "base" / "inner").mkdir(parents=True)
     (tmp_path / "latest").symlink_to("base")
     monkeypatch.chdir(tmp_path / place)
-    assert (
-        grpo_aqa.parse_args(["--model", model, "--data", "x.json"]).out
-        == f"runs/{'latest' if model == 'latest' else 'base'}"
-    )
+    assert grpo_aqa.parse_args(["--model", model, "--data", "x.json"]).out == f"runs/{name}"
 
 
 def test_states_are_saved_as_often_as_checkpoints_unless_told():

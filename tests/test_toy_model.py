@@ -37,31 +37,29 @@ def test_make_world_is_complete_or_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ended", ["complete", "killed"])
-def test_two_jobs_make_the_toy_once(tmp_path, monkeypatch, ended):
-    """The second one waits for the first. If the first one was killed, the second one makes the toy."""
+@pytest.mark.parametrize("name", ["world", "base"])
+def test_two_jobs_make_the_toy_once(tmp_path, monkeypatch, name, ended):
+    """The second job waits for the first one. If the first one was killed, the second one makes the folder."""
     made = []
-    monkeypatch.setattr(toy_model, "write_world", lambda folder, **change: write_world(folder, 4, 4, **change))
-    monkeypatch.setattr(toy_model, "make_base", lambda questions, out: made.append(out.mkdir()))
-    for name in ("world", "base"):
+    monkeypatch.setattr(toy_model, "write_world", lambda folder, **change: made.append("world"))
+    monkeypatch.setattr(toy_model, "load_questions", lambda path: [])
+    monkeypatch.setattr(toy_model, "make_base", lambda questions, out: made.append("base"))
+    if name == "base":
+        (tmp_path / "world").mkdir()
 
-        def end(seconds):
-            if ended == "complete":
-                (tmp_path / name).mkdir()
-            else:
-                job.kill()
-            job.communicate()
+    def end_the_first(seconds):
+        if ended == "complete":
+            (tmp_path / name).mkdir()
+        else:
+            job.kill()
+        job.communicate()
 
-        monkeypatch.setattr(time, "sleep", end)
-        with another_owner(tmp_path / f"{name}.owner.json") as job:
-            (tmp_path / f"{name}.unfinished").mkdir()
-            if name == "world":
-                toy_model.make_world(tmp_path / name)
-                monkeypatch.setattr(toy_model, "load_questions", lambda path: [])
-            else:
-                toy_model.make_toy(tmp_path)
-    assert len(made) == (ended == "killed") and (tmp_path / "world" / "train.jsonl").exists() == (ended == "killed")
-    left = {path.name for path in tmp_path.iterdir()} - {"base.unfinished"}
-    assert left == {"base", "world"} | ({"world.unfinished"} if ended == "complete" else set())
+    monkeypatch.setattr(time, "sleep", end_the_first)
+    with another_owner(tmp_path / f"{name}.owner.json") as job:
+        (tmp_path / f"{name}.unfinished").mkdir()
+        toy_model.make_toy(tmp_path)
+    assert (name in made) == (ended == "killed")
+    assert not list(tmp_path.glob("*.owner.json"))
 
 
 def test_a_world_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -21,11 +22,12 @@ from data import Question, answer_is_a_choice, build_prompt, find_questions, tar
 from infra.audio import SAMPLE_RATE, audio_package, audio_seconds, load_audio
 from infra.errors import InputError, list_problems
 from infra.files import write_text
+from infra.processes import SharedInputError, gather
 from model.checkpoints import load_processor, loading_errors
 from model.lora import base_of
 from model.qwen2_audio import TOKENS_PER_SECOND
 from policy import decode_text, encode_targets
-from reward import accuracy_reward, composed, format_reward
+from reward import accuracy_reward, format_reward, in_nfc
 
 CACHE = "audio_headers.json"  # in a run folder
 MARKUP_TOKENS = 48  # upper bound of the chat markup's tokens
@@ -153,6 +155,28 @@ def digest_clips(paths: list[str], bar: bool) -> dict[str, tuple[str | None, str
     return dict(zip(paths, _in_threads(check, paths, "checking audio", bar)))
 
 
+def read_clips(questions: list[Question], skip_bad_audio: bool) -> tuple[list[str | None], dict[int, str], list[float]]:
+    """Decode all clips, shared over the ranks.
+
+    Returns the digest of each question's clip; for questions with an unusable clip, by index, what is wrong; and the
+    seconds of each usable clip. Raises SharedInputError if a clip is unusable, unless skip_bad_audio.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    paths = list(dict.fromkeys(question.audio for question in questions))
+    checked = {}
+    for part in gather(digest_clips(paths[rank::ranks], bar=rank == 0)):
+        checked |= part
+    digests, reasons, _ = zip(*(checked[question.audio] for question in questions))
+    errors = {i: reason for i, reason in enumerate(reasons) if reason is not None}
+    faults = {questions[i].place: reason for i, reason in errors.items()}
+    if errors and not skip_bad_audio:
+        remedy = "; replace them, name their folder with --audio_dir, or count them as wrong with --skip_bad_audio"
+        raise SharedInputError(bad_audio_report(faults, len(questions), remedy))
+    if errors and rank == 0:
+        print(bad_audio_report(faults, len(questions), " and count as wrong; the predictions file names them all"))
+    return list(digests), errors, [seconds for _, reason, seconds in checked.values() if reason is None]
+
+
 def _in_threads(function, paths: list[str], what: str, bar: bool = True) -> list:
     """Call the function for each path in threads: reading and decoding release Python's lock."""
     audio_package("soundfile"), audio_package("soxr")  # if one is missing, say so once and not for each clip
@@ -181,9 +205,9 @@ def _model_config(name_or_path: str):
 def check_texts(name_or_path: str, questions: list[Question], template: str, max_new_tokens: int, strict: bool) -> None:
     """Check that prompts and answers fit a model. Loads its tokenizer, but no weights.
 
-    Raises InputError, which lists questions with a special token, prompts that are too long and, if `strict`, right
-    answers that cannot be rewarded. Training is strict. An evaluation only prints these answers: it takes a published
-    benchmark as it is, and MMAU's rule forgives other texts.
+    Raises InputError if a question has a special token, if a prompt is too long or, if `strict`, if a right answer
+    cannot be rewarded. Training is strict. An evaluation only lists these answers: it takes a published benchmark as it
+    is, and MMAU's rule also accepts texts that are not exactly the answer.
     """
     processor = load_processor(name_or_path)
     added = processor.tokenizer.added_tokens_decoder.values()
@@ -191,7 +215,7 @@ def check_texts(name_or_path: str, questions: list[Question], template: str, max
         raise InputError(list_problems(problems))
     check_context(name_or_path, processor, questions, template, max_new_tokens)
     problems = unrewardable(processor, questions, template, max_new_tokens)
-    heading = f"{len(problems)} of {len(questions)} right answers cannot be given exactly" if problems[1:] else ""
+    heading = f"{len(problems)} of {len(questions)} right answers cannot be rewarded" if problems[1:] else ""
     if problems and strict:
         raise InputError(list_problems(problems, heading))
     if problems:
@@ -199,46 +223,44 @@ def check_texts(name_or_path: str, questions: list[Question], template: str, max
 
 
 def special_tokens_in(questions: list[Question], tokens: list[str]) -> list[str]:
-    """Return a line for each question that holds a special token: the model would read it as markup, not as text."""
+    """Return a line for each question with a special token, which the model would read as markup, not as text."""
     special, problems = re.compile("|".join(map(re.escape, tokens))), []
     for question in questions:
         if found := special.search("\n".join([question.question, *question.choices])):
-            problems.append(f"{question.place}: has the special token {found[0]}; take it out, or write it otherwise")
+            problems.append(f"{question.place}: has the special token {found[0]}; remove or reword it")
     return problems
 
 
 def unrewardable(processor, questions: list[Question], template: str, max_new_tokens: int) -> list[str]:
-    """Return a line, with the reason, for each question whose right answer cannot earn both rewards.
+    """Return a line with the reason for each question whose right answer cannot be rewarded.
 
-    The right completion of each distinct answer takes the way of any completion: tokens, then the text that the rewards
-    see.
+    Encodes and decodes the right completion of each distinct answer, because the rewards read decoded tokens. Questions
+    without an answer are left out.
     """
     answers = list(dict.fromkeys(q.answer for q in questions if q.answer is not None))
     reasons: dict[str, str] = {}
-    for start in range(0, len(answers), 100):
+    for start in range(0, len(answers), 100):  # in batches, because targets are padded to the longest one
         some = answers[start : start + 100]
         thought = "<think></think>" if template == "think" else ""
         targets = [thought + target_text(answer, "answer" if thought else template) for answer in some]
         tokens, mask = encode_targets(processor, targets)
         texts, lengths = decode_text(processor, tokens, mask), (mask.sum(dim=1) - 1).tolist()  # without end of turn
         for answer, text, length in zip(some, texts, lengths):
-            if not accuracy_reward(text, answer) * format_reward(text, template):
-                reasons[answer] = f"the rewards do not find it in the right completion, {text!r:.200}"
+            if accuracy_reward(text, answer) != 1 or format_reward(text, template) != 1:
+                reasons[answer] = f"the rewards do not find it in {text!r:.200}; reword the answer"
             elif length > max_new_tokens:
-                reasons[answer] = f"it takes {length} tokens, more than --max_new_tokens {max_new_tokens}"
+                reasons[answer] = f"it takes {length} tokens; raise --max_new_tokens to {length} or more"
     problems = []
     for question in questions:
         if question.answer is None:
             continue
         reason = reasons.get(question.answer)
         if not answer_is_a_choice(question):
-            reason = "it is not literally among the choices"
-        elif composed(question.answer) not in composed(build_prompt(question, template)):
-            reason = "the prompt does not show it as it has to be written"
+            reason = "it is not one of the choices; correct the answer or the choices"
+        elif in_nfc(question.answer) not in in_nfc(build_prompt(question, template)):
+            reason = "the prompt does not contain it; let the template show the choices"
         if reason:
-            problems.append(
-                f"{question.place}: the right answer {question.answer!r:.100} cannot be given exactly: {reason}"
-            )
+            problems.append(f"{question.place}: the right answer {question.answer!r:.100} cannot be rewarded: {reason}")
     return problems
 
 

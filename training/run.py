@@ -21,7 +21,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,9 @@ from tqdm import tqdm
 from data import Question, build_prompt, digest
 from evaluation.answering import answer_questions
 from evaluation.scores import heldout_table, score_answers
-from infra.errors import SHOWN, InputError
+from infra.errors import InputError, list_names
 from infra.files import check_folder
-from infra.ownership import OWNER, owning
+from infra.ownership import OWNER
 from infra.processes import (
     Clock,
     SharedInputError,
@@ -48,6 +47,7 @@ from infra.processes import (
     mean_over_ranks,
     memory_errors,
     on_rank_0,
+    owning_together,
     peak_memory_gb,
     require_gpu_each,
     setup_distributed,
@@ -88,9 +88,8 @@ def run_training(args: argparse.Namespace, script: str, method: str, train) -> i
     def work():
         if args.model != TOY_MODEL:
             require_gpu_each()
-        with ExitStack() as owned:
-            on_rank_0(lambda: check_folder(Path(args.out)))
-            on_rank_0(lambda: owned.enter_context(owning(Path(args.out, OWNER))))
+        on_rank_0(lambda: check_folder(Path(args.out)))
+        with owning_together([Path(args.out, OWNER)]):
             run = Run(args, method, device)
             with memory_errors("the start"):  # later phases have names of their own
                 train(args, run)
@@ -104,7 +103,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, method: str, device: torch.device, strict: bool = True):
         """Check the inputs before any weights are loaded. Raises SharedInputError.
 
-        method: "GRPO" or "SFT". strict: refuse right answers that cannot be rewarded.
+        method: "GRPO" or "SFT". strict: refuse right answers that cannot be rewarded, instead of listing them.
         """
         self.args, self.method, self.device = args, method, device
         self.out = Path(args.out)
@@ -233,10 +232,9 @@ class Run:
         fault = f"the norm of the gradient is {grad_norm}" if finite else "the loss is not finite"
         suspects = self.batch if finite or not math.isfinite(loss) else []
         ids = [name for part in gather([question.id for question in suspects]) for name in part]
-        listed = ", ".join(ids[:SHOWN]) + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
         raise SharedInputError(
-            f"step {self.step}: {fault}, with the questions {listed}; the weights are as before the step and nothing "
-            f"was saved; {what_is_saved(self.out)}; look at these questions, or lower --lr"
+            f"step {self.step}: {fault}, with the questions {list_names(ids)}; the weights are as before the step and "
+            f"nothing was saved; {what_is_saved(self.out)}; look at these questions, or lower --lr"
         )
 
     def record(self, lr: float, metrics: dict, shown: list[str]) -> None:
@@ -330,7 +328,6 @@ def check_inputs(
     """
     if args.model == TOY_MODEL:
         make_toy(Path(TOY_MODEL).parent)
-    check_folder(Path(args.out))
     check_model(args.model)
     check_model_stays(Path(args.out), args.model)
     training = load_checked(args.data, args.audio_dir, args.skip_bad_audio, Path(args.out, CACHE))

@@ -34,13 +34,13 @@ from training.metrics import cut_jsonl, draw_curves
 RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"]
 RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # Settings that may change when a run is resumed. They change results by rounding at most, or by LoRA's dropout. Only
-# another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same. So
-# may the model: see _check_same_model.
+# another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same. The
+# model may move, too: _check_same_model compares its files.
 FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "save_state_every", "keep_last"}
 FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
-FREE_SETTINGS |= {"version"}  # has a check of its own
+FREE_SETTINGS |= {"version", "model_files"}  # have checks of their own
 VERSION = 2  # of the run folder's format; states of other versions are not resumed
 
 # ---- what a run has saved ----
@@ -76,18 +76,19 @@ def check_model_stays(out: Path, model: str) -> None:
     with suppress(InputError):  # there is none, or it is damaged
         config = _read_config(out)
     if (config and "steps" not in config) or is_adapter(out):
-        raise InputError(f"{out}: no run has written its config.json, which may be a model's; change --out")
+        raise InputError(f"{out}: is the folder of a model, not of a run; name another folder with --out")
     used = [path for name in (*RUN_FILES, "step_*") for path in out.glob(name) if path.exists()]
     folder = Path(model).resolve()
     for path in [folder, *folder.parents] if folder.is_dir() else []:
         if any(path.samefile(other) for other in used):
-            raise InputError(f"{out}: the run would move or remove the model it starts from, {model}; change --out")
+            fault = f"the run would move or remove the model that it starts from, {model}"
+            raise InputError(f"{out}: {fault}; name another folder with --out")
     if is_adapter(model):
         check_model_stays(out, adapter_base(model))
 
 
 def _check_same_model(out: Path, saved: dict, config: dict) -> None:
-    """Raise InputError if the files of the model are not those that the run began with. Older runs recorded none."""
+    """Raise InputError if the model's files have changed since the run began. Older runs have no record of them."""
     then, now = saved.get("model_files", {}), config.get("model_files", {})
     if not then or then == now:
         return
@@ -96,7 +97,7 @@ def _check_same_model(out: Path, saved: dict, config: dict) -> None:
         remedy = f"give as --model the folder that `hf download {saved['model']} --revision {then['commit']}` prints"
     else:
         changed = "these files differ: " + ", ".join(name for name in then | now if then.get(name) != now.get(name))
-        remedy = "restore them"
+        remedy = "restore the model as it was"
     raise InputError(
         f"{out}: cannot be resumed: the model under --model, {config['model']}, has changed since the run began "
         f"({changed}); {remedy}, or name a new run with --out"
@@ -125,7 +126,7 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
     _check_same_model(out, saved, config)
     # With another number of ranks, the share of each may change as well.
     free = FREE_SETTINGS | ({"prompts_per_rank"} if config["world_size"] != saved.get("world_size") else set())
-    free |= {"model", "model_files"} if "model_files" in saved else set()
+    free |= {"model"} if "model_files" in saved else set()
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
         for name, value in saved.items()

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from data import TEMPLATES
 from infra.flags import AUTO_ON_OFF, ON_OFF, Parser
@@ -54,7 +53,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("data", None, "training questions: an R1-AQA, AVQA, MMAU or plain file")
     add("audio_dir", None, "folder of relative audio paths [the question file's]")
     add("heldout", None, "questions to score before and after training; audio paths start from their file's folder")
-    add("out", None, f"run folder [{defaults['out']}]")
+    add("out", defaults["out"], "run folder")
     add("steps", 1000, "training steps")
     add("prompts_per_rank", 2, "questions per rank and step")
     add("accumulation_steps", 1, "forward and backward passes per step")
@@ -98,9 +97,8 @@ def parse_settings(
         args, defaults = parser.parse_args(argv), toy_defaults
     elif args.data is None:
         parser.error("--model needs --data, a file of training questions")
-    if args.out is None:
-        name = Path(os.path.abspath(args.model) if os.path.isdir(args.model) else args.model).name  # abspath: for "."
-        args.out = defaults["out"].replace("<model's name>", name)
+    name = os.path.basename(os.path.abspath(args.model))  # abspath: for "." and ".."
+    args.out = args.out.replace("<model's name>", name)
     if args.lr is None:
         args.lr = defaults["lr"] * (LORA_LR if args.lora_rank else 1)
     if args.save_state_every is None:
