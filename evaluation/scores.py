@@ -123,24 +123,26 @@ def guessing(questions: list[Question], right: Callable[[Question, str], bool] =
     return sum(shares) / len(shares)
 
 
+def not_apart(questions: list[Question]) -> str | None:
+    """Count and list the questions whose choices MMAU's rule cannot tell apart; None if there are none."""
+    ids = [visible(question.id) for question in questions if not choices_told_apart(question)]
+    return f"MMAU's rule cannot tell the choices of {len(ids)} questions apart: {list_names(ids)}" if ids else None
+
+
 def exact_figures(questions: list[Question], predicted: dict[str, list[str]]) -> list[str]:
     """Return lines about the questions whose choices MMAU's rule cannot tell apart; no lines if there are none.
 
     The first line counts and lists these questions. The second line has the accuracy with exact comparison for them.
     predicted: name of the evaluation -> its predictions. The names are shown if there are several.
     """
-    ids = [question.id for question in questions if not choices_told_apart(question)]
-    if not ids:
+    line = not_apart(questions)
+    if line is None:
         return []
     figures = []
     for name, texts in predicted.items():
         correct = sum(map(is_right_exactly, questions, texts))
         figures.append(f"{name} " * (len(predicted) > 1) + percent(correct, len(questions)))
-    listed = list_names([visible(name) for name in ids])
-    return [
-        f"MMAU's rule cannot tell the choices of {len(ids)} questions apart: {listed}",
-        f"accuracy if exact comparison decides these: {', '.join(figures)}",
-    ]
+    return [line, f"accuracy if exact comparison decides these: {', '.join(figures)}"]
 
 
 def read_predictions(path: str) -> tuple[list[Question], list[str]]:
@@ -359,5 +361,6 @@ def heldout_table(questions: list[Question], scores: dict[str, tuple[float, floa
     chance = guessing(questions, is_right_exactly)
     lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
     lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]
-    lines += [f"{line}; exact comparison decides these" for line in exact_figures(questions, {})[:1]]
+    if line := not_apart(questions):
+        lines.append(f"{line}; exact comparison decides these")
     return "\n".join(lines)

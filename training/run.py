@@ -338,7 +338,8 @@ def check_inputs(
     if note := long_clips_note((training.seconds | heldout.seconds).values(), heard):
         print(note, flush=True)
     check_texts(args.model, training.questions, args.template, args.max_new_tokens, strict)
-    check_texts(args.model, heldout.questions, args.template, args.max_new_tokens, strict=False)
+    if heldout.questions:
+        check_texts(args.model, heldout.questions, args.template, args.max_new_tokens, strict=False)
     config = vars(args) | {
         "method": method,
         "model_files": identify_model(args.model),
