@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data import TEMPLATES, Question, find_questions_in, find_records, require
-from evaluation.ablations import change, note, suffix, variants
+from data import TEMPLATES, Question, find_questions_in
+from evaluation.ablations import change, check_needs_audio, note, suffix, variants, write_needs_audio
 from evaluation.answering import answer_questions, check_batching
 from evaluation.predictions import (
     check_writable,
@@ -39,6 +39,7 @@ from evaluation.predictions import (
 )
 from evaluation.report import checkpoint_report, run_report, write_html
 from evaluation.scores import compare
+from evaluation.versions import describe, identify_file, name_files
 from infra.errors import InputError
 from infra.files import free_bytes, writing
 from infra.flags import ON_OFF, Parser
@@ -62,6 +63,7 @@ from model.checkpoints import (
     save_checkpoint,
 )
 from model.lora import is_adapter
+from questions.reading import find_records, require
 from training.preflight import check_texts, heard_seconds, long_clips_note, read_clips
 from training.run_folder import step_folders, step_of
 
@@ -73,10 +75,11 @@ MMAU = "data/MMAU/mmau-test-mini.json"
 CONTRADICTIONS = {
     "ablations": ("silence", "shuffle_audio", "shuffle_choices", "samples", "html", "check_batching"),
     "silence": ("shuffle_audio",),
+    "orders": ("ablations", "shuffle_choices", "samples", "html", "check_batching"),
     "check_batching": ("samples", "html", "out"),
 }
 # flags that a run folder does not take
-ONE_CHECKPOINT = "out silence shuffle_audio shuffle_choices ablations samples check_batching html".split()
+ONE_CHECKPOINT = "out silence shuffle_audio shuffle_choices ablations orders samples check_batching html".split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -105,9 +108,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("shuffle_audio", "give each question the clip of another question", action="store_true")
     add("shuffle_choices", "put each question's choices in a random order", type=int, metavar="SEED")
     add("ablations", "plain and each of the three changes above, in one table", action="store_true")
+    add("write_needs_audio", "with --ablations: write the questions that are wrong with silence and with another "
+        "clip, as a question file for training", metavar="FILE")  # fmt: skip
+    add("orders", "score K >= 2 orders of the choices: mean, deviation, how often the answer stays", type=int,
+        metavar="K")  # fmt: skip
     add("samples", "sample K >= 2 completions a question; the prediction is their majority vote", type=int, metavar="K")
     add("temperature", "temperature of --samples [1.0]", type=float)
-    add("seed", "seed of --samples, --shuffle_audio, --ablations and --check_batching [0]", type=int, default=0)
+    add("seed", "seed of --samples, --shuffle_audio, --ablations, --orders, --check_batching [0]", type=int, default=0)
     add("check_batching", "only count predictions that differ if asked one at a time, on N questions [100]", type=int,
         nargs="?", const=100, metavar="N")  # fmt: skip
     add("cuda_graph", "on a GPU, decode with CUDA graphs", default="on", **ON_OFF)
@@ -130,16 +137,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--ckpt is missing: give a checkpoint or a run folder")
     if args.merge:
         return args
-    files = [os.path.realpath(name) for name in (args.data, args.out, args.html) if name]
+    args.data = args.data or default_data(args.ckpt)
+    files = [os.path.realpath(name) for name in (args.data, args.out, args.html, args.write_needs_audio) if name]
     if len(set(files)) < len(files):
-        parser.error("--data, --out and --html must be different files")
+        parser.error("--data, --out, --html and --write_needs_audio must be different files")
+    if args.write_needs_audio and not args.ablations:
+        parser.error("--write_needs_audio needs --ablations, which ask without each question's sound")
     if args.temperature is not None and not args.samples:
         parser.error("--temperature needs --samples: without --samples, decoding is greedy")
     args.temperature = 1.0 if args.temperature is None else args.temperature
     for name in ONE_CHECKPOINT if step_folders(Path(args.ckpt)) else []:
         if name in given:
             parser.error(f"--{name} needs one checkpoint, but {args.ckpt} is a run folder: name one of its step_*")
-    args.data = args.data or default_data(args.ckpt)
     return args
 
 
@@ -220,8 +229,12 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
             "links, and unpack them to data/MMAU/test-mini-audios/; or name another file with --data"
         )
     placed = require(find_records(path))
-    questions = require(find_questions_in(placed, audio_dir or os.path.dirname(path)))
-    return require(without_answers(placed[:limit])), questions[:limit]
+    questions = require(find_questions_in(placed, audio_dir or os.path.dirname(path)))[:limit]
+    asked = {question.place for question in questions}  # some questions may be left out
+    records = require(without_answers([(place, record) for place, record in placed if place in asked]))
+    if any(isinstance(record.get("audio_path"), list) for record in records):
+        print("questions of MMAU-Pro: the scores are by MMAU's rule, not by MMAU-Pro's own scorer")
+    return records, questions
 
 
 # ---- evaluate ----
@@ -231,14 +244,19 @@ def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: t
     """Answer the questions with each checkpoint, write predictions and print tables. All ranks call this."""
     rank, checkpoints = dist.get_rank(), plan.checkpoints
     changed = variants(args)
-    several = args.ablations or checkpoints != [args.ckpt]
+    several = len(changed) > 1 or checkpoints != [args.ckpt]
     outs = {}  # (checkpoint, variant) -> predictions file
     for checkpoint in checkpoints:
         for name, changes in changed.items():
-            ending = "" if args.out and not args.ablations else suffix(changes) + "_samples" * bool(args.samples)
+            ending = "" if args.out and len(changed) == 1 else suffix(changes) + "_samples" * bool(args.samples)
             outs[checkpoint, name] = predictions_path(checkpoint, args.out, ending)
-    on_rank_0(lambda: check_writable([*outs.values(), *([args.html] if args.html else [])]))
+    on_rank_0(lambda: check_writable([*outs.values(), *filter(None, (args.html, args.write_needs_audio))]))
+    if args.write_needs_audio:
+        on_rank_0(lambda: check_needs_audio(plan.records, plan.questions))
 
+    file = on_rank_0(lambda: identify_file(args.data, plan.records))
+    if rank == 0:
+        print(f"questions: {args.data}, {describe(file)}")
     sampling = dict(samples=args.samples, temperature=args.temperature, seed=args.seed) if args.samples else {}
     names = ("max_new_tokens", "batch_size", "samples", "temperature", "seed")
     common = {name: getattr(args, name) for name in names} | {"dtype": str(dtype), "device": device.type}
@@ -273,7 +291,7 @@ def evaluate(args: argparse.Namespace, plan: Plan, dtype: torch.dtype, device: t
                 predicted = with_answers(
                     plan.records, plan.questions, dict(zip(plan.usable, answers)), plan.errors, bool(args.samples)
                 )
-                on_rank_0(lambda: write_predictions(out, predicted, settings))
+                on_rank_0(lambda: write_predictions(out, predicted, settings, file))
             results[checkpoint, name] = out
             if rank == 0 and several:
                 print(f"predictions: {out}", flush=True)
@@ -293,9 +311,12 @@ def report(args: argparse.Namespace, plan: Plan, results: dict[tuple[str, str], 
         print(run_report(args.ckpt, steps, f"{len(plan.questions)} questions of {args.data}, template {used}"))
         return
     plain = variants(args)["plain"]
-    predicted = {name: json.loads(Path(out).read_text(encoding="utf-8")) for (_, name), out in results.items()}
+    predicted = {name: [record for _, record in require(find_records(out))] for (_, name), out in results.items()}
     lines = checkpoint_report(plan.questions, predicted, args.samples, note(plain))
-    lines += [] if args.ablations else [f"predictions: {out}" for out in results.values()]
+    lines += [f"predictions: {out}" for out in results.values()] if len(results) == 1 else []
+    if args.write_needs_audio:
+        folder = args.audio_dir or os.path.dirname(args.data)
+        lines.append(write_needs_audio(args.write_needs_audio, plan.records, plan.questions, predicted, folder))
     print("\n".join(lines))
     if args.html:
         shown = list(plan.questions)
@@ -345,6 +366,8 @@ def main() -> int:
     args = parse_args()
     if args.compare:
         try:
+            for line in name_files(dict(zip("AB", args.compare))):
+                print(line)
             print(compare(*args.compare))
             return 0
         except (InputError, OSError) as error:

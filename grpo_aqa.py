@@ -49,10 +49,10 @@ def score_completions(
     texts: list[str], questions: list[Question], template: str, names: list[str]
 ) -> dict[str, Tensor]:
     """Compute the named rewards of B * G texts, the first G about the first question: [B, G] each, on the CPU."""
-    answers = [question.known_answer for question in questions for _ in range(len(texts) // len(questions))]
+    asked = [question for question in questions for _ in range(len(texts) // len(questions))]  # [B * G]
     scores = {}
     for name in names:
-        values = [REWARDS[name](text, answer, template) for text, answer in zip(texts, answers)]
+        values = [REWARDS[name](text, question, template) for text, question in zip(texts, asked)]
         scores[name] = torch.tensor(values, dtype=torch.float32).view(len(questions), -1)
     return scores
 

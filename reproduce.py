@@ -54,7 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help=help + shown, **kwargs)
 
     add("model", "Hugging Face name or folder of a Qwen2-Audio model")
-    add("data", "training questions: an R1-AQA, AVQA, MMAU or plain file")
+    add("data", "training questions: a JSON, JSON lines or CSV file")
     add("audio_dir", "folder of relative audio paths in --data [the question file's]")
     add("mmau", "questions to evaluate on, with answers: MMAU's test-mini or any other file")
     add("mmau_audio_dir", "folder of relative audio paths in --mmau [the question file's]")

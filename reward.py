@@ -59,6 +59,11 @@ def accuracy_reward(completion: str, answer: str) -> float:
     return float(prediction(completion, [answer]) == answer)
 
 
+def open_reward(completion: str, answers: Sequence[str]) -> float:
+    """Return 1.0 if the prediction has the words of one of an open question's answers, in the same order, else 0.0."""
+    return float(open_match(answers, prediction(completion)))
+
+
 def format_reward(completion: str, template: str) -> float:
     """Return 1.0 if the whole completion has the form that the prompt template asks for, else 0.0.
 
@@ -85,11 +90,15 @@ def _enclosed(text: str, opening: str) -> str | None:
     return text[len(opening) : -len("</answer>")]
 
 
-# Each reward is a function of (completion, answer, template) that returns a number. --reward_weights chooses and weighs
-# them by name. Metrics, curves, completions.jsonl, explain.py and the progress bar take the names from here.
+# Each reward is a function of (completion, data.Question, template) that returns a number. --reward_weights chooses and
+# weighs them by name. Metrics, curves, completions.jsonl, explain.py and the progress bar take the names from here.
 REWARDS = {
-    "accuracy": lambda completion, answer, template: accuracy_reward(completion, answer),
-    "format": lambda completion, answer, template: format_reward(completion, template),
+    "accuracy": lambda completion, question, template: (
+        accuracy_reward(completion, question.answer)
+        if question.choices
+        else open_reward(completion, [question.answer, *question.also])
+    ),
+    "format": lambda completion, question, template: format_reward(completion, template),
 }
 
 
@@ -106,6 +115,22 @@ def mmau_match(answer: str, prediction: str, choices: list[str]) -> bool:
     said, right = _words(prediction), _words(answer)
     wrong_only = set().union(*map(_words, choices)) - right
     return bool(said) and right <= said and not said & wrong_only
+
+
+def open_match(answers: Sequence[str], prediction: str) -> bool:
+    """Return whether a prediction is one of an open question's answers: the same words in the same order.
+
+    Compares as SQuAD's exact match (arXiv 1606.05250) does: without case, articles and the punctuation around words.
+    Other signs stay: "-3 dB" is not "3 dB", and "C#" is not "C".
+    """
+    return _open_words(prediction) in map(_open_words, answers)
+
+
+def _open_words(text: str) -> list[str]:
+    """Return the words of an open answer, normalized; its articles, if it has no other words."""
+    around = "\"'“”‘’«»()[]¿¡"
+    words = [word.lstrip(around).rstrip(around + ".,;:!?…。，！？") for word in in_nfc(text).casefold().split()]
+    return [word for word in words if word and word not in ("a", "an", "the")] or words
 
 
 def _words(text: str) -> set[str]:

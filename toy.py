@@ -40,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="draw eight clips and questions, the toy's or those of --questions",
     )
-    add("--questions", help="training questions: an R1-AQA, AVQA, MMAU or plain file")
+    add("--questions", help="training questions: a JSON, JSON lines or CSV file")
     add("--audio_dir", help="folder of relative audio paths; default: the question file's")
     add("--out", help="folder of the model; with --listen, the picture (the toy's: runs/toy/listen.png)")
     add(

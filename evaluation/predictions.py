@@ -10,17 +10,20 @@ import os
 import sys
 from pathlib import Path
 
-from data import Question, present
+from data import Question, as_written
 from evaluation.scores import majority_vote
 from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
 from infra.ownership import require_ownership
 from model.lora import adapter_base, is_adapter
+from questions.fields import LETTERED, present
 from reward import prediction
 
 # The files of a checkpoint that answers depend on. Predictions may lie beside them, so not every *.json is listed.
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab.json", "merges.txt", "*chat_template*")
-ADDED = ("model_prediction", "model_output", "completion", "samples", "error")  # keys that with_answers writes
+# The keys that with_answers writes: MMAU's scripts read the first two, MMAR's the third.
+ADDED = ("model_prediction", "model_output", "answer_prediction", "completion", "samples", "error")
+MMSU_ADDED = (*ADDED, "response")
 
 # ---- predictions files ----
 
@@ -44,10 +47,11 @@ def without_answers(records: list[tuple[str, dict]]) -> tuple[list[dict], list[s
     """
     found, problems = [], []
     for place, record in records:
-        taken = [key for key in ADDED if key in present(record)]
+        added = MMSU_ADDED if LETTERED in record else ADDED
+        taken = [key for key in added if key in present(record)]
         if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
             problems.append(f"{place}: has the field {taken[0]!r}, which predictions files use; rename the field")
-        found.append({key: value for key, value in record.items() if key not in ADDED})
+        found.append({key: value for key, value in record.items() if key not in added})
     return found, problems
 
 
@@ -63,7 +67,10 @@ def with_answers(
     for i, record in enumerate(records):
         completions = answers.get(i, [""])
         answer = majority_vote([prediction(text, questions[i].choices) for text in completions])
-        record = record | {"model_prediction": answer, "model_output": answer, "completion": completions[0]}
+        written = as_written(questions[i], answer)
+        if LETTERED in record:  # MMSU's script reads a letter
+            record, written = record | {"response": written}, answer
+        record = record | dict.fromkeys(ADDED[:3], written) | {"completion": completions[0]}
         if sampled:
             record["samples"] = completions if i in answers else []
         if i in errors:
@@ -91,13 +98,16 @@ def identify_checkpoint(checkpoint: str) -> list:
 
 def is_done(out: str, settings: dict) -> bool:
     """Tell whether `out` holds predictions with these settings, unchanged since they were written."""
+    saved = saved_settings(out)
+    saved.pop("question_file", None)  # saved again, a file has another hash and the same records
     try:
-        return _saved_settings(out) == as_saved(settings, Path(out).read_bytes())
+        return saved == as_saved(settings, Path(out).read_bytes())
     except OSError:
         return False
 
 
-def _saved_settings(out: str) -> dict:
+def saved_settings(out: str) -> dict:
+    """Read the settings beside a predictions file. Returns an empty dict if they are missing or damaged."""
     try:
         saved = json.loads(Path(settings_path(out)).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -118,9 +128,10 @@ def as_saved(settings: dict, predictions: bytes) -> dict:
     return settings | {"sha256": hashlib.sha256(predictions).hexdigest()}
 
 
-def write_predictions(out: str, records: list[dict], settings: dict) -> None:
+def write_predictions(out: str, records: list[dict], settings: dict, question_file: dict | None = None) -> None:
     """Write a predictions file and its settings, and remove its journal. Raises InputError.
 
+    question_file: from versions.identify_file, stored with the settings.
     An existing file with other settings, or changed since it was written, is kept as .old, .old_2, ...
     """
     if os.path.exists(out) and not is_done(out, settings):
@@ -128,10 +139,15 @@ def write_predictions(out: str, records: list[dict], settings: dict) -> None:
         if os.path.exists(settings_path(out)):
             os.replace(settings_path(out), settings_path(str(aside)))
         print(f"{out} had other settings, or was changed since it was written: it is now {aside}")
-    text = json.dumps(records, indent=2) + "\n"  # ASCII, because MMAU's script opens it in the default encoding
+    # ASCII, because MMAU's script opens it in the default encoding. MMSU's script reads JSON lines.
+    if out.endswith(".jsonl") or any(LETTERED in record for record in records):
+        text = "".join(json.dumps(record) + "\n" for record in records)
+    else:
+        text = json.dumps(records, indent=2) + "\n"
     with writing_answers(Path(out)):
         write_text(Path(out), text)
-        write_text(Path(settings_path(out)), json.dumps(as_saved(settings, text.encode()), indent=2) + "\n")
+        saved = as_saved(settings, text.encode()) | {"question_file": question_file}
+        write_text(Path(settings_path(out)), json.dumps(saved, indent=2) + "\n")
     Path(journal_path(out)).unlink(missing_ok=True)
 
 

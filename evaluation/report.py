@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 from data import Question
+from evaluation.ablations import SILENCE, ablation_table, orders_table
 from evaluation.scores import (
     ALL_APART,
     FIELDS,
     Score,
-    ablation_table,
     accuracy_by,
     accuracy_rows,
     accuracy_table,
@@ -32,6 +32,7 @@ from evaluation.scores import (
     visible,
     wilson_interval,
 )
+from evaluation.versions import name_files
 from evaluation.web_page import escape as _e
 from evaluation.web_page import web_page
 from infra.errors import InputError
@@ -39,7 +40,7 @@ from infra.files import write_text
 from infra.pictures import save_picture
 from reward import as_choice, prediction
 
-TASKS = ("sound", "music", "speech")  # MMAU's; each has a column even if there are no such questions
+TASKS = {"sound", "music", "speech"}  # MMAU's: if a question has one of them, each has a column
 
 # ---- one checkpoint ----
 
@@ -59,8 +60,13 @@ def checkpoint_report(
         return [is_right(questions[i], answer(i)) for i in scored]
 
     correct = {name: right(lambda i: records[i]["model_prediction"]) for name, records in predicted.items()}
-    if scored and len(predicted) > 1:
+    if scored and SILENCE in predicted:
         lines.append(ablation_table(asked, correct))
+    elif scored and len(predicted) > 1:
+        answers = [[records[i]["model_prediction"] for records in predicted.values()] for i in scored]
+        same = [len(set(own)) == 1 and "error" not in plain[i] for i, own in zip(scored, answers)]
+        lines.append(orders_table(asked, list(correct.values()), same))
+        lines.append(f"guessing would score {percent(guessing(asked), 1)}{note}")
     elif scored:
         lines += [f"majority vote of {samples} samples"] if samples else []
         lines.append(accuracy_table(asked, correct["plain"]))
@@ -70,7 +76,7 @@ def checkpoint_report(
             sampled = [right(lambda i: prediction(texts[i][k], questions[i].choices)) for k in range(samples)]
             lines.append(samples_table(asked, [list(own) for own in zip(*sampled)], correct["plain"]))
     said = {name: [records[i]["model_prediction"] for i in scored] for name, records in predicted.items()}
-    lines += exact_figures(asked, said) or [ALL_APART] * bool(scored)
+    lines += exact_figures(asked, said) or [ALL_APART] * any(q.choices for q in asked)
     if len(scored) < len(questions):
         lines.append(f"{len(questions) - len(scored)} questions have no answer and are not scored")
     unusable = sum("error" in record for record in plain)
@@ -108,7 +114,8 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         said[_name(step)] = [predicted[i] for i in scored]
 
     caption = visible(caption)
-    tasks = [*TASKS, *in_order({q.task for q in questions if q.task is not None} - set(TASKS))]
+    found = {question.task for question in questions} - {None}
+    tasks = in_order(found | TASKS if not found or found & TASKS else found)
     rows = [("checkpoint", *tasks, "average", "95% interval", "right")]
     for step, rights in correct.items():
         by_task = accuracy_by(questions, rights, "task")
@@ -117,7 +124,8 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         rows.append((_name(step), *cells, average, interval, counts))
     chance = guessing(questions)
     conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}"]
-    conclusions += exact_figures(questions, said) or [ALL_APART]
+    conclusions += exact_figures(questions, said) or [ALL_APART] * any(q.choices for q in questions)
+    conclusions += name_files({_name(step): path for step, path in results})
 
     write_text(Path(folder, "mmau_scores.md"), _markdown(caption, rows, conclusions))
     write_text(Path(folder, "mmau_scores.csv"), _csv(questions, correct, tasks))
@@ -276,7 +284,9 @@ def _address(path: str) -> str:
 def _item(number: int, question: Question, record: dict, right: bool | None, folder: str) -> str:
     verdict = {True: "right", False: "wrong", None: "unscored"}[right]
     predicted = record["model_prediction"]
-    labels = [label for label in (question.task, question.difficulty, question.sub_category) if label is not None]
+    if predicted in question.spelled and predicted not in question.choices:  # "(A) a dog" for "a dog"
+        predicted = question.choices[question.spelled.index(predicted)]
+    labels = [label for field in FIELDS if (label := getattr(question, field)) is not None]
     choices = []
     answer = question.answer and as_choice(question.answer, question.choices)  # None if withheld
     for choice in question.choices:
@@ -285,7 +295,7 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
         choices.append(f'<li class="{" ".join(marks)}">{_e(choice)}{notes}</li>')
     audio = _address(Path(os.path.relpath(os.path.abspath(question.audio), folder)).as_posix())
     error = f'<p class="error">{_e(record["error"])}</p>\n' if record.get("error") else ""
-    right_answer = "withheld" if answer is None else _e(answer)
+    right_answer = "withheld" if answer is None else _e(" or ".join([answer, *question.also]))
     samples = record.get("samples")
     texts = samples if isinstance(samples, list) and samples else [record.get("completion", predicted)]
     name = "whole completion" if len(texts) == 1 else f"all {len(texts)} completions"

@@ -14,13 +14,16 @@ import re
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 
-from data import Question, answer_is_a_choice, find_records, parse_record, present, require
+from data import Question, answer_is_a_choice, as_written, parse_record
 from infra.errors import InputError, list_names
-from reward import format_reward, in_nfc, mmau_match, prediction
+from questions.fields import present
+from questions.reading import find_records, require
+from reward import format_reward, in_nfc, mmau_match, open_match, prediction
 
 Score = namedtuple("Score", "correct total")
 ALL_APART = "MMAU's rule can tell the choices of all questions apart"
-FIELDS = ("task", "difficulty", "sub_category")  # MMAU's labels of a question
+FIELDS = ("task", "difficulty", "category", "sub_category")  # a question's labels
+PREDICTED = ("model_prediction", "model_output", "answer_prediction", "response")  # MMAU's keys, MMAR's, MMSU's
 _FIRST = ("sound", "music", "speech", "easy", "medium", "hard")  # MMAU's order; other values follow alphabetically
 
 # ---- statistics ----
@@ -85,7 +88,7 @@ def pass_at_k(correct: int, total: int, k: int) -> float:
     return (draws - math.comb(total - correct, k)) / draws
 
 
-def _deviation(values: Sequence[float]) -> float:
+def deviation(values: Sequence[float]) -> float:
     """Return the unbiased standard deviation of two or more values."""
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
@@ -95,8 +98,14 @@ def _deviation(values: Sequence[float]) -> float:
 
 
 def is_right(question: Question, prediction: str) -> bool:
-    """Apply MMAU's rule to a prediction. The question must have an answer."""
-    return mmau_match(question.known_answer, prediction, question.choices)
+    """Apply MMAU's rule to a prediction, or open_match if there are no choices. The question must have an answer.
+
+    If the file spells the choices with letters, the rule compares these texts, as the benchmark's own script does.
+    """
+    if not question.choices:
+        return open_match([question.known_answer, *question.also], prediction)
+    answer, said = as_written(question, question.known_answer), as_written(question, prediction)
+    return mmau_match(answer, said, question.spelled or question.choices)
 
 
 def choices_told_apart(question: Question) -> bool:
@@ -114,12 +123,15 @@ def is_right_exactly(question: Question, prediction: str) -> bool:
 
 
 def _is_answer(question: Question, text: str) -> bool:
-    return in_nfc(text) == in_nfc(question.known_answer)
+    return in_nfc(as_written(question, text)) == in_nfc(as_written(question, question.known_answer))
 
 
 def guessing(questions: list[Question], right: Callable[[Question, str], bool] = is_right) -> float:
-    """Return the expected accuracy of guessing: the share of right choices of a question, averaged over questions."""
-    shares = [sum(right(q, choice) for choice in q.choices) / len(q.choices) for q in questions]
+    """Return the expected accuracy of guessing: the share of right choices of a question, averaged over questions.
+
+    It is 0 for an open question.
+    """
+    shares = [sum(right(q, choice) for choice in q.choices) / max(1, len(q.choices)) for q in questions]
     return sum(shares) / len(shares)
 
 
@@ -149,10 +161,13 @@ def read_predictions(path: str) -> tuple[list[Question], list[str]]:
     """Read a predictions file: its questions and the prediction for each. Opens no audio. Raises InputError."""
     questions, predictions = [], []
     for place, record in require(find_records(path)):
-        predicted = present(record).get("model_prediction", present(record).get("model_output"))
-        if not isinstance(predicted, str):
+        key = next((key for key in PREDICTED if key in present(record)), "")
+        if not isinstance(record.get(key), str):
             raise InputError(f"{place}: no text model_prediction; give a predictions file that eval_mmau.py wrote")
-        questions.append(parse_record(record, place, ""))
+        question, predicted = parse_record(record, place, ""), record[key]
+        if key == "response" and predicted in question.spelled:  # MMSU: the letter of a choice
+            predicted = question.choices[question.spelled.index(predicted)]
+        questions.append(question)
         predictions.append(predicted)
     return questions, predictions
 
@@ -220,39 +235,16 @@ def samples_table(questions: list[Question], correct: list[list[bool]], votes: l
     names += ["deviation between samplings", "deviation within a question"] * (k_samples > 1)
     names += [*(f"pass@{k}" for k in ks), "majority vote", "its 95% interval"]
     columns = [(f"{k_samples} samples each", *names)]
-    for group, indices in _groups(questions).items():
+    for group, indices in task_groups(questions).items():
         own = [correct[i] for i in indices]
         cells = [percent(sum(map(sum, own)), k_samples * len(own))]
         if k_samples > 1:
             runs = [sum(sampling) / len(own) for sampling in zip(*own)]
-            cells += [percent(_deviation(runs), 1), percent(sum(map(_deviation, own)), len(own))]
+            cells += [percent(deviation(runs), 1), percent(sum(map(deviation, own)), len(own))]
         cells += [percent(sum(pass_at_k(sum(row), k_samples, k) for row in own), len(own)) for k in ks]
         vote = Score(sum(votes[i] for i in indices), len(own))
         columns.append((f"{group} ({len(own)})", *cells, percent(*vote), interval_text(vote)))
     return align(list(zip(*columns)), right=range(1, len(columns)))
-
-
-def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bool]]) -> str:
-    """Format the accuracy under several conditions, in total and by task, each compared with the first condition.
-
-    correct_by_name: for each condition, whether each question is right. Differences are in percentage points; p is
-    that of McNemar's exact test.
-    """
-    first = next(iter(correct_by_name.values()))
-    rows: list[tuple[str, ...]] = [("", "accuracy", "95% interval", "right", "difference", "p")]
-    for group, indices in _groups(questions).items():
-        rows.append((group,))
-        for name, correct in correct_by_name.items():
-            score = Score(sum(correct[i] for i in indices), len(indices))
-            cells = ["", ""]
-            if correct is not first:
-                only_first, only_this = discordant([first[i] for i in indices], [correct[i] for i in indices])
-                difference = (only_this - only_first) / len(indices) * 100
-                cells = [f"{difference:+.2f}", p_text(mcnemar_exact(only_first, only_this))]
-            rows.append((f"  {name}", *score_cells(score), *cells))
-        chance = guessing([questions[i] for i in indices])
-        rows.append(("  guessing", percent(chance, 1)))
-    return align(rows, right=(1, 2, 3, 4, 5))
 
 
 def compare(path_a: str, path_b: str) -> str:
@@ -338,7 +330,7 @@ def _one_line(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _groups(questions: list[Question]) -> dict[str, list[int]]:
+def task_groups(questions: list[Question]) -> dict[str, list[int]]:
     """Return the indices of all questions ("all") and of each task's questions."""
     tasks = in_order({question.task for question in questions if question.task is not None})
     groups = {task: [i for i, question in enumerate(questions) if question.task == task] for task in tasks}

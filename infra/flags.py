@@ -34,6 +34,7 @@ LIMITS = {
     "batch_size": "[1, 65536]",
     "limit": "[1, 1000000000]",
     "samples": "[2, 10000]",
+    "orders": "[2, 1000]",
     "shuffle_choices": "[0, 4294967295]",
     "check_batching": "[1, 1000000000]",
     # the toy, the paper's table

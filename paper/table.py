@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from data import Question
 from evaluation import scores
 from evaluation.report import TASKS, escape_markdown
+from evaluation.versions import name_files
 from infra.files import write_text
 from infra.pictures import save_picture
 from paper.rows import ROWS, Job, jobs
@@ -36,8 +37,8 @@ def results(finished: list[Job], toy: bool) -> dict:
             scores.is_right(question, text) for question, text in zip(questions, predictions, strict=True)
         ]
         said[str(job)] = predictions
-    other_tasks = {question.task for question in questions if question.task is not None} - set(TASKS)
-    columns = [*TASKS, *scores.in_order(other_tasks), "average"]
+    tasks = {question.task for question in questions if question.task is not None} | set(TASKS)
+    columns = [*scores.in_order(tasks), "average"]
     rows = []
     for row in ROWS:
         seeds = {seed: _score(questions, own) for (name, seed), own in rights.items() if name == row.name}
@@ -58,7 +59,8 @@ def results(finished: list[Job], toy: bool) -> dict:
             tests.append(test | {"p": scores.mcnemar_exact(only_a, only_b)})
     chance = 100 * scores.guessing(questions) if questions else None
     found = {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows, "mcnemar": tests}
-    return found | {"exact_comparison": scores.exact_figures(questions, said)}
+    files = name_files({str(job): str(job.predictions) for job in finished})
+    return found | {"exact_comparison": scores.exact_figures(questions, said), "question_file": files}
 
 
 def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
@@ -123,9 +125,12 @@ def markdown(args: argparse.Namespace, found: dict) -> str:
     if missing:
         lines.append(f"Not finished: {', '.join(missing)}.")
     if published:
-        lines.append("Paper: arXiv 2503.11197, MMAU test-mini; empty if the paper has no row of this template.")
+        lines.append(
+            "Paper: arXiv 2503.11197, MMAU test-mini from before v05.15.25, whose questions differ; empty if the paper "
+            "has no row of this template."
+        )
     lines += ["", *_lines(table), "", *verdicts(found)]
-    lines += [f"- {escape_markdown(line)}" for line in found["exact_comparison"]]
+    lines += [f"- {escape_markdown(line)}" for line in found["exact_comparison"] + found["question_file"]]
     return "\n".join(lines).rstrip() + "\n"
 
 

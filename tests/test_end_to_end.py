@@ -1,5 +1,6 @@
 """The commands as a user runs them: train the toy through torchrun, evaluate its checkpoint, use real recordings."""
 
+import csv
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_predictions import mmsu_script
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from data import TEMPLATES, load_questions
@@ -129,6 +131,33 @@ def test_a_second_run_reuses_the_toy_and_keeps_the_first_run(short_run):
     assert {path: path.stat().st_mtime_ns for name in ("world", "base") for path in (folder / name).rglob("*")} == made
     assert (folder / "earlier_1" / "metrics.jsonl").read_text() == metrics and "earlier_1" in printed
     assert json.loads((folder / "metrics.jsonl").read_text())["kl"] is None
+
+
+def test_open_questions_train_and_mmsu_is_scored_as_its_script_does(short_run, tmp_path):
+    """Clotho-AQA's CSV has no choices. MMSU's script reads letters, in JSON lines."""
+    toy = short_run[0] / "runs" / "toy"
+    heldout = json.loads((toy / "world" / "heldout.json").read_text())[:40]
+    with open(tmp_path / "open.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "QuestionText", "answer", "confidence"])
+        rows.writerows([record["audio_id"], record["question"], record["answer"], "yes"] for record in heldout)
+    flags = ("--model", toy / "base", "--data", "open.csv", "--audio_dir", toy / "world", "--max_new_tokens", 16)
+    printed = run("grpo_aqa.py", *flags, "--steps", 2, "--prompts_per_rank", 4, "--out", "open", cwd=tmp_path)
+    assert "40 of 40 questions have no choices" in printed
+    [line, _] = (tmp_path / "open" / "metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["accuracy"] < 1
+
+    records = []
+    for i, record in enumerate(heldout):
+        choices = {f"choice_{letter}": choice for letter, choice in zip("abcd", record["choices"])}
+        labels = {"category": "Perception", "sub-category": record["sub-category"]}
+        records.append({"id": i, "audio_path": record["audio_id"], "question": record["question"], **choices,
+                        "answer_gt": record["answer"], **labels})  # fmt: skip
+    (tmp_path / "mmsu.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ("--ckpt", "open/step_000002", "--data", "mmsu.jsonl", "--audio_dir", toy / "world", "--out", "p.json")
+    printed = run("eval_mmau.py", *flags, "--max_new_tokens", 16, cwd=tmp_path)
+    right, questions = mmsu_script((tmp_path / "p.json").read_text())["all"]
+    assert questions == 40 and f"{right}/40" in printed and "Perception: " in printed
 
 
 # ---- claims of the README; these tests take minutes ----

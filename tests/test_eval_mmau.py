@@ -45,7 +45,7 @@ def batches(monkeypatch):
 
 def test_the_predictions_file_holds_the_input_and_the_answers(mmau, clean):
     given, answered = json.loads((mmau / "mmau.json").read_text()), json.loads(clean.read_text())
-    added = ["model_prediction", "model_output", "completion"]
+    added = ["model_prediction", "model_output", "answer_prediction", "completion"]
     for before, after in zip(given, answered, strict=True):
         assert list(after) == [*before, *added] and {key: after[key] for key in before} == before
         assert after["model_prediction"] == after["model_output"] == prediction(after["completion"])
@@ -150,7 +150,7 @@ def test_two_ranks_continue_what_one_began(mmau, killed, sampled, tmp_path):
     answered, expected = json.loads(out.read_text()), json.loads(sampled)
     assert answered[changed["question"]].pop("completion") == "from the journal"
     for record in (answered[changed["question"]], expected[changed["question"]]):
-        for key in ("completion", "samples", "model_prediction", "model_output"):
+        for key in ("completion", "samples", "model_prediction", "model_output", "answer_prediction"):
             record.pop(key, None)
     assert answered == expected
     assert not list(tmp_path.glob("*partial*"))
@@ -432,6 +432,14 @@ BAD_FLAGS = {
     "--ablations --shuffle_choices 0": ["--ablations", "--shuffle_choices"],
     "--ablations --samples 4": ["--ablations", "--samples"],
     "--ablations --html x": ["--ablations", "--html"],
+    "--ablations --orders 2": ["--ablations", "--orders"],
+    "--orders 2 --shuffle_choices 0": ["--orders", "--shuffle_choices"],
+    "--orders 2 --samples 4": ["--orders", "--samples"],
+    "--orders 2 --html x": ["--orders", "--html"],
+    "--orders 2 --check_batching": ["--orders", "--check_batching"],
+    "--orders 1": ["--orders", "2"],
+    "--write_needs_audio x": ["--write_needs_audio", "--ablations"],
+    "--ablations --write_needs_audio x.json --data ./x.json": ["--write_needs_audio", "--data"],
     "--check_batching --samples 4": ["--check_batching", "--samples"],
     "--check_batching --html x": ["--check_batching", "--html"],
     "--check_batching --ablations": ["--check_batching", "--ablations"],
@@ -468,7 +476,7 @@ def test_a_flag_with_its_default_value_counts_as_given(capsys):
 @pytest.mark.parametrize("flag", eval_mmau.ONE_CHECKPOINT)
 def test_flags_that_a_run_folder_does_not_take(flag, tmp_path, capsys):
     (tmp_path / "step_000001").mkdir()
-    value = {"shuffle_choices": ["1"], "samples": ["2"], "html": ["x"], "out": ["x"]}.get(flag, [])
+    value = {"shuffle_choices": ["1"], "samples": ["2"], "orders": ["2"], "html": ["x"], "out": ["x"]}.get(flag, [])
     with pytest.raises(SystemExit):
         eval_mmau.parse_args(["--ckpt", str(tmp_path), f"--{flag}", *value])
     assert f"--{flag} needs one checkpoint" in capsys.readouterr().err

@@ -91,7 +91,7 @@ def test_a_difference_from_the_training_loop_is_an_error(name, wrong):
 @pytest.fixture
 def rewarded(monkeypatch):
     """Reward texts of an odd length instead of right answers, which a model with random weights never gives."""
-    monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: float(len(text) % 2))
+    monkeypatch.setitem(REWARDS, "accuracy", lambda text, question, template: float(len(text) % 2))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_questions_with_equal_rewards_are_skipped(tiny, questions, one_rank, mon
     order = [questions[i].id for i in step_indices(4, 0, 4, 0, args.seed)]
     calls = []
 
-    def reward(text, answer, template):
+    def reward(text, question, template):
         calls.append(text)
         return float(len(calls) == 2 * 6 + 3)  # one completion of the third question
 
@@ -152,7 +152,7 @@ def test_questions_with_equal_rewards_are_skipped(tiny, questions, one_rank, mon
     assert step.advantages[2] == pytest.approx((1 - 1 / 6) / (1 / 6**0.5 + 1e-4)) == max(step.advantages)
     assert "The 2 questions before it have equal rewards" in " ".join(to_text(tell(step, args)).split())
 
-    monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: 1.0)
+    monkeypatch.setitem(REWARDS, "accuracy", lambda text, question, template: 1.0)
     step = take_step(args, copy.deepcopy(model), processor, questions, CPU)
     assert step.group.question.id == order[0] and not any(step.advantages)
     text = " ".join(to_text(tell(step, args)).split())

@@ -36,7 +36,7 @@ from reward import REWARDS
 )
 def test_text_and_page_have_the_steps_numbers(tiny, questions, one_rank, monkeypatch, variant, said, unsaid):
     # A model with random weights is never right.
-    monkeypatch.setitem(REWARDS, "accuracy", lambda text, answer, template: float(len(text) % 2))
+    monkeypatch.setitem(REWARDS, "accuracy", lambda text, question, template: float(len(text) % 2))
     args, (model, processor) = settings(**variant), tiny
     model = copy.deepcopy(model).float()
     if args.lora_rank:

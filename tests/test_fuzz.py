@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from data import TEMPLATES, build_prompt, load_questions
 from evaluation.predictions import append_journal, is_done, read_journal
 from evaluation.report import write_html
-from evaluation.scores import compare, majority_vote, read_predictions
+from evaluation.scores import compare, is_right, majority_vote, read_predictions
 from infra.audio import load_audio
 from infra.errors import InputError
 from model.checkpoints import remembered_template
 from model.lora import adapter_base
+from questions.fields import NAMES
 from reward import accuracy_reward, extract_answer, format_reward, mmau_match, prediction
 from training.metrics import cut_jsonl, draw_curves
 
@@ -133,9 +134,10 @@ def test_a_megabyte_takes_linear_time(piece):
 
 # ---- question files ----
 
-VALUES = st.one_of(JSON, st.sampled_from(["a.wav", "rain", ["rain", "wind"], 0, 1, True, 1.0, "../a.wav", "", "\0"]))
-FIELDS = ["audio", "audio_id", "audio_path", "video_name", "question", "question_text", "choices", "multi_choice",
-          "answer", "id", "task", "difficulty", "sub-category"]  # fmt: skip
+LISTS = [["rain", "wind"], [], ["a.wav"], ["A. rain", "B. wind"], "(A) rain (B) wind", "['rain', 'wind']", "[" * 9_999]
+TEXTS = ["a.wav", "rain", "../a.wav", "", "\0", "A", "(B)", "B. wind", "?\nChoices:\nA. rain\nB. wind"]
+VALUES = st.one_of(JSON, st.sampled_from([*LISTS, *TEXTS, 0, 1, True, 1.0]))
+FIELDS = sorted({"id", "source_dataset", "choice_a", "choice_b", *(name for names in NAMES.values() for name in names)})
 PLAIN = {"audio": "a.wav", "question": "What?", "choices": ["rain", "wind"], "answer": "rain"}
 AVQA = {"video_name": "a", "question_text": "What?", "multi_choice": ["rain", "wind"], "answer": 0}
 RECORDS = st.builds(
@@ -151,7 +153,9 @@ def check_questions(folder, content: bytes):
         for template in TEMPLATES:
             build_prompt(question, template).encode()
         assert question.answer is None or question.answer
-        assert len(question.choices) >= 2
+        assert len(question.choices) != 1 and len(question.spelled) in (0, len(question.choices))
+        for text in ("", "A", *question.choices, *question.spelled):
+            assert question.answer is None or is_right(question, text) in (True, False)
 
 
 @few
@@ -174,6 +178,16 @@ def test_any_bytes_as_questions(folder, content):
 def test_any_record_as_a_question(folder, record, as_list):
     text = json.dumps([record]) if as_list else json.dumps(record)
     check_questions(folder, text.encode())
+
+
+@fuzz
+@given(
+    st.lists(st.lists(st.sampled_from([*TEXTS, '"', "a,b", "\r", "é"]), max_size=5), max_size=4),
+    st.sampled_from(",;\t"),
+)
+def test_any_cells_as_a_question(folder, rows, delimiter):
+    header = delimiter.join(["file_name", "question", "answer", "choices"])
+    check_questions(folder, "\n".join([header, *(delimiter.join(row) for row in rows)]).encode())
 
 
 # ---- clips ----

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from data import Question
+from data import Question, parse_record
 from evaluation import predictions
+from evaluation.scores import FIELDS, accuracy_by, is_right, read_predictions
 from infra.errors import InputError
 from infra.ownership import OWNER, owning
 
@@ -32,8 +35,9 @@ def test_the_prediction_is_the_majority_vote():
     questions = [Question("0", "a.wav", "What?", choices, None) for choices in (["rain", "a bell"], ["x", "y"])]
     (voted, silent) = predictions.with_answers([{"id": 1}, {"id": 2}], questions, {0: texts}, {1: "why"}, sampled=True)
     assert voted.pop("samples") == texts
-    assert voted == {"id": 1, "model_prediction": "rain", "model_output": "rain", "completion": texts[0]}
-    empty = {"model_prediction": "", "model_output": "", "completion": ""}
+    keys = ["model_prediction", "model_output", "answer_prediction"]
+    assert voted == {"id": 1, **dict.fromkeys(keys, "rain"), "completion": texts[0]}
+    empty = dict.fromkeys([*keys, "completion"], "")
     assert silent == {"id": 2, **empty, "samples": [], "error": "why"}
     assert predictions.with_answers([{}], questions, {0: texts[4:]}, {}, sampled=False)[0]["model_output"] == "a bell"
     question = Question("0", "a.wav", "What?", ["th\u00e9", "the"], None)
@@ -139,3 +143,102 @@ def test_a_journal_that_another_job_takes_over_stays_as_it_is(tmp_path):
         with pytest.raises(InputError, match="another job has taken over"):
             predictions.read_journal(str(path), {}, 1, 1)
     assert path.read_text() == '{"half of a li' and len(list(tmp_path.iterdir())) == 2
+
+
+# ---- the benchmarks' own scripts ----
+
+VECTORS = Path(__file__).parent / "vectors"  # predictions, and what MMAR's and MMSU's own scripts print for them
+
+
+def tallies(questions, predicted) -> dict[str, tuple[int, int]]:
+    """Count as this project's tables do: label -> (right, questions)."""
+    correct = list(map(is_right, questions, predicted))
+    counts = {
+        value: tuple(score) for field in FIELDS for value, score in accuracy_by(questions, correct, field).items()
+    }
+    return {"all": (sum(correct), len(correct))} | counts
+
+
+def mmar_script(text: str) -> dict[str, tuple[int, int]]:
+    """Count as MMAR's evaluation.py does for a JSON list: by modality, category and sub-category."""
+    right, total = Counter(), Counter()
+    for record in json.loads(text):
+        said, answer, *choices = (
+            set(re.findall(r"\b\w+\b", text.lower()))
+            for text in (record["answer_prediction"], record["answer"], *record["choices"])
+        )
+        wrong = set().union(*(choice - answer for choice in choices if choice != answer))
+        labels = ["all", record["modality"], record["category"], record["sub-category"]]
+        total.update(labels)
+        right.update(labels if said and answer <= said and not said & wrong else [])
+    return {label: (right[label], total[label]) for label in total}
+
+
+def mmsu_script(text: str) -> dict[str, tuple[int, int]]:
+    """Count as MMSU's mmsu_evaluation.py does for JSON lines: by category, and by sub-category within it."""
+    right, total = Counter(), Counter()
+    for line in text.splitlines():
+        record = json.loads(line)
+        said = record["response"].strip().replace("\n", "")
+        letter = said[0] if said[0] in "ABCD" else said[-2]
+        labels = ["all", record["category"], f"{record['category']}: {record['sub-category']}"]
+        total.update(labels)
+        right.update(labels if record[f"choice_{letter.lower()}"] == record["answer_gt"] else [])
+    return {label: (right[label], total[label]) for label in total}
+
+
+def printed(name: str, pattern: str) -> list[tuple[str, ...]]:
+    return re.findall(pattern, (VECTORS / f"{name}_totals.txt").read_text(), re.MULTILINE)
+
+
+def test_totals_are_those_of_mmars_script():
+    path = VECTORS / "mmar_predictions.jsonl"
+    counted = tallies(*read_predictions(str(path)))
+    assert counted == mmar_script(f"[{','.join(path.read_text().splitlines())}]")
+    shown = printed("mmar", r"^(.+?) ?:? ([0-9.]+)% over ([0-9]+) samples$")
+    assert len(shown) == len(counted) == 15
+    for label, share, total in shown:
+        right, number = counted["all" if label == "Total Accuracy" else label]
+        assert (f"{right / number * 100:.2f}", str(number)) == (share, total), label
+
+
+def test_totals_are_those_of_mmsus_script():
+    path = VECTORS / "mmsu_predictions.jsonl"
+    counted = tallies(*read_predictions(str(path)))
+    assert counted == mmsu_script(path.read_text())
+    shown = printed("mmsu", r"^(?:Category: (\w+)|Overall)(?:, Sub-category: (\w+))?.*Accuracy: ([0-9.]+)$")
+    assert len(shown) == len(counted) == 7
+    for category, sub_category, share in shown:
+        right, number = counted[": ".join(filter(None, (category, sub_category))) or "all"]
+        assert f"{right / number:.4f}" == share
+
+
+@pytest.mark.parametrize("name, script", [("mmar", mmar_script), ("mmsu", mmsu_script)])
+def test_what_is_written_gives_the_scripts_the_same_totals(tmp_path, name, script):
+    """For right and wrong choices, other words, letters, several choices and nothing."""
+    records = [json.loads(line) for line in (VECTORS / f"{name}_predictions.jsonl").read_text().splitlines()]
+    asked, problems = predictions.without_answers([("here", record) for record in records])
+    assert len(problems) == len(records)  # another program's predictions are not overwritten
+    questions = [parse_record(record, "here", "") for record in asked]
+    answers = {}
+    for i, q in enumerate(questions):
+        first, second = q.choices[:2]
+        texts = [q.answer, first, second, f"It is {second}", "", "A", "B", f"{first} or {second}", q.answer.upper()]
+        answers[i] = [f"<answer>{texts[i % len(texts)]}</answer>"]
+    out = tmp_path / "p.json"
+    predictions.write_predictions(str(out), predictions.with_answers(asked, questions, answers, {}, False), {})
+    counted = script(out.read_text())
+    assert tallies(*read_predictions(str(out))) == counted and 0 < counted["all"][0] < counted["all"][1]
+
+
+def test_mmaus_script_agrees_if_choices_have_letters(tmp_path):
+    """The Hub's copy of MMAU. The prediction is the file's spelling of the choice, so the letters are compared, too."""
+    choices = ["(A) C", "(B) C#", "(C) a man", "(D) man a"]
+    for answer in choices:
+        record = {"audio_path": "a.wav", "instruction": "?", "choices": choices, "answer": answer}
+        question = parse_record(record, "here", "")
+        for said in ("C", "C#", "a man", "man a", "A", "", "a c", "It is a man", "(B) C#", "b c", "d man a"):
+            [predicted] = predictions.with_answers([record], [question], {0: [said]}, {}, False)
+            record_of_mmar = predicted | {"modality": "x", "category": "x", "sub-category": "x"}
+            right = mmar_script(json.dumps([record_of_mmar]))["all"][0]  # the same rule as MMAU's
+            assert is_right(question, said) == is_right(question, predicted["model_prediction"]) == right

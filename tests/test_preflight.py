@@ -154,6 +154,9 @@ def test_right_answers_that_cannot_be_rewarded_are_listed_with_the_reason(tiny):
     assert "the right answer '</answer>' cannot be rewarded: the rewards do not find it" in lines[1]
     assert "is not one of the choices" in lines[2]
     assert len(unrewardable(tiny[1], questions, "answer", len(long))) == 2
+    opened = [dataclasses.replace(ask(answer, "cat"), choices=[]) for answer in ("dog", "Dog", "one\ntwo")]
+    [line] = unrewardable(tiny[1], opened, "answer", 100)  # the paper's expression reads one line
+    assert "the right answer 'one\\ntwo' cannot be rewarded" in line
 
 
 def test_an_answer_that_the_prompt_does_not_show_is_listed(tiny, monkeypatch):

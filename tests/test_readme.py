@@ -9,9 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PATHS}
-SCRIPTS = ("grpo_aqa", "sft_aqa", "eval_mmau", "toy", "explain", "reproduce", "bench")
+SCRIPTS = ("grpo_aqa", "sft_aqa", "eval_mmau", "toy", "prepare", "explain", "reproduce", "bench")
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts"}
 TORCHRUN |= {"--shutdown_timeout"}
+HF = {"--repo", "--local"}  # hf download --repo-type dataset --local-dir
 SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if path.parent.name != "tests"]
 # Files that runs write, and files of other projects.
 WRITTEN = set("audio_headers.json adapter_config.json aqa.json config.json table.md table.png results.json".split())
@@ -99,7 +100,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_in_the_text_exist(name, known):
     named = {flag for piece in code(TEXTS[name]) for flag in re.findall(r"(?<![\w-])--[a-z]\w*", piece)}
-    assert named <= set().union({"--check"}, TORCHRUN, *known.values())  # ruff format --check
+    assert named <= set().union({"--check"}, TORCHRUN, HF, *known.values())  # ruff format --check
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -131,8 +132,9 @@ def test_questions_that_the_rule_cannot_tell_apart_have_a_second_figure_everywhe
     exact = [NOT_APART, "accuracy if exact comparison decides these: 50.00%"]
     lines = report.checkpoint_report(questions, {"plain": records}, None, "")
     assert lines[0].splitlines()[1].split()[1] == "0.00%" and lines[1:] == ["guessing would score 0.00%", *exact]
-    lines = report.checkpoint_report(questions, {"plain": records, "silence": records}, None, "")
-    assert lines[1:] == [NOT_APART, exact[1].replace("50.00%", "plain 50.00%, silence 50.00%")]
+    several = {"plain": records, "silence": records, "another question's audio": records}
+    lines = report.checkpoint_report(questions, several, None, "")
+    assert lines[1:] == [NOT_APART, exact[1].replace("50.00%", ", ".join(f"{name} 50.00%" for name in several))]
     (tmp_path / "p.json").write_text(json.dumps(records))
     results = [(step, str(tmp_path / "p.json")) for step in (1, 2)]
     assert report.run_report(tmp_path, results, "of what").splitlines()[-2:] == [
@@ -152,16 +154,32 @@ def test_samples_and_answers_are_spelled_like_their_choices(tmp_path):
     assert samples[1].split()[-1] == "100.00%"  # pass@1
     report.write_html(str(tmp_path / "a.html"), questions[1:], records, "")
     assert '<li class="answer predicted">the\u0301 ' in (tmp_path / "a.html").read_text(encoding="utf-8")
+    choices = ["(A) the\u0301", "(B) tea"]  # as the Hub's copy of MMAU spells them
+    questions = [replace(questions[0], spelled=choices, answer="tea")]
+    report.write_html(str(tmp_path / "b.html"), questions, [{"model_prediction": "(B) tea"}], "")
+    assert '<li class="answer predicted">tea ' in (tmp_path / "b.html").read_text(encoding="utf-8")
+
+
+def test_open_questions_have_no_choices_to_guess_from(tmp_path):
+    questions = [Question("0", "a.wav", "What?", [], "dog", also=["a hound"])]
+    lines = report.checkpoint_report(questions, {"plain": [{"model_prediction": "Hound."}]}, None, "")
+    assert "1/1" in lines[0] and lines[1:] == ["guessing would score 0.00%"]
+    report.write_html(str(tmp_path / "a.html"), questions, [{"model_prediction": "Hound."}], "")
+    assert "<dd>dog or a hound</dd>" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_a_single_checkpoint_of_other_tasks(tmp_path, drawn):
+    """MMAU's tasks have columns only if the questions have one of them, or none at all."""
     lines = report_lines(tmp_path, [1, 1, 0, 0], tasks=("zoo $x$", "a|b"))
-    assert re.split(" {2,}", lines[0])[1:6] == ["sound", "music", "speech", "a|b", "zoo $x$"]
-    assert re.split(" {2,}", lines[1])[1:6] == ["-", "-", "-", "50.00%", "50.00%"]
+    assert re.split(" {2,}", lines[0])[1:4] == ["a|b", "zoo $x$", "average"]
+    assert re.split(" {2,}", lines[1])[1:4] == ["50.00%", "50.00%", "50.00%"]
     assert lines[2:] == ["best: step_000000 with 50.00%", "guessing would score 33.33%", ALL_APART]
     assert r" a\|b |" in (tmp_path / "mmau_scores.md").read_text()
-    assert "0,,,,50.0000,50.0000,50.0000," in (tmp_path / "mmau_scores.csv").read_text()
+    assert "0,50.0000,50.0000,50.0000," in (tmp_path / "mmau_scores.csv").read_text()
     assert len(drawn) == 1
+    lines = report_lines(tmp_path, [1, 1, 0, 0], tasks=("mix-sound-music", "music"))
+    assert re.split(" {2,}", lines[0])[1:6] == ["sound", "music", "speech", "mix-sound-music", "average"]
+    assert "0,,50.0000,,50.0000,50.0000," in (tmp_path / "mmau_scores.csv").read_text()
 
 
 def test_questions_without_answer_or_task(tmp_path):
@@ -202,9 +220,10 @@ def page(tmp_path):
     answers = [RIGHT] * 6 + [None]
     said = [RIGHT, "cat", EVIL, "", "a dog!", "dog", EVIL]
     questions = [
-        Question(f"id<{i}>", str(clip), EVIL if i == 2 else f"What is {i}?", [RIGHT, "cat", EVIL], answer, task, "easy")
+        Question(f"id<{i}>", str(clip), EVIL if i == 2 else f"What is {i}?", [RIGHT, "cat", EVIL], answer, task, "easy",
+                 category="<layer>")
         for i, (clip, task, answer) in enumerate(zip(clips, tasks, answers))
-    ]
+    ]  # fmt: skip
     records = [{"model_prediction": text, "completion": f"\n<think>{EVIL}</think>{text}"} for text in said]
     records[3]["error"] = "cannot be read " + EVIL
     records[5]["samples"] = ["one", "<two>"]
@@ -281,8 +300,9 @@ def test_page_has_the_table(page):
     low, high = wilson_interval(3, 6)
     assert cells[:4] == ["all questions", "50.00%", f"[{100 * low:.2f}, {100 * high:.2f}]", "3/6"]
     assert [cells[i : i + 4 : 3] for i in range(4, len(cells), 4)] == [
-        ["sound", "1/1"], ["music", "1/3"], ["hip 'hop' & \"b\"", "0/1"], ["easy", "3/6"]
+        ["sound", "1/1"], ["music", "1/3"], ["hip 'hop' & \"b\"", "0/1"], ["easy", "3/6"], ["<layer>", "3/6"]
     ]  # fmt: skip
+    assert "music · easy · <layer> · id id<1>" in shown.texts["p"]
     assert "guessing would score 33.33%" in shown.texts["p"]
 
 

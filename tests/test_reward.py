@@ -2,10 +2,23 @@
 
 import random
 import re
+import string
+from dataclasses import replace
 
 import pytest
 
-from reward import _words, accuracy_reward, extract_answer, format_reward, mmau_match, prediction
+from data import Question
+from reward import (
+    REWARDS,
+    _words,
+    accuracy_reward,
+    extract_answer,
+    format_reward,
+    mmau_match,
+    open_match,
+    open_reward,
+    prediction,
+)
 
 # completion, extracted answer, accuracy reward if "dog" is right, format rewards of `answer` and of `think`
 COMPLETIONS = [
@@ -301,3 +314,54 @@ def test_words_equal_the_words_that_mmau_finds():
     """_words finds the same words as MMAU's \\b\\w+\\b, for every character between two letters."""
     text = " ".join(f"a{chr(code)}b" for code in range(0x20000) if not 0xD800 <= code < 0xE000)
     assert _words(text) == set(re.findall(r"\b\w+\b", text.lower()))
+
+
+# ---- open answers ----
+
+
+def squad(text: str) -> str:
+    """Normalize an answer as SQuAD's evaluation script does."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def test_open_answers_compare_as_squads_do():
+    """For all texts of words, articles, spaces and the punctuation around them."""
+    pieces = ["a ", "The ", "an ", "dog", "Dog ", "two ", " bell", ". ", ", ", '"', "( ", "! ", "\n"]
+    rng, texts = random.Random(0), set()
+    while len(texts) < 300:
+        texts.add("".join(rng.choices(pieces, k=rng.randint(1, 4))))
+    texts = sorted(
+        text for text in texts if squad(text) and "(" not in text.strip("( ") and '"' not in text.strip('" ')
+    )
+    pairs = [(one, other) for one in texts for other in texts]
+    assert len(texts) > 100 and 0 < sum(squad(one) == squad(other) for one, other in pairs) < len(pairs)
+    for one, other in pairs:
+        assert open_match([one], other) == (squad(one) == squad(other)), (one, other)
+
+
+@pytest.mark.parametrize(
+    "answer, same, others",
+    [
+        ("a dog", ["Dog", "the dog.", " A  DOG ", "dog!"], ["dogs", "dog bark", "", "a"]),
+        ("-3 dB", ["-3 db"], ["3 dB", "+3 dB"]),
+        ("C#", ["c#", "C#."], ["C"]),
+        ("0.5", ["0.5."], ["0,5", "05", "5"]),
+        ("café", ["Cafe\u0301"], ["cafe"]),
+        ("A", ["a"], ["the", ""]),  # the note
+        ("dog cat", ["dog cat"], ["cat dog"]),
+        ("“yes”", ["yes", "'Yes'"], ["yes no"]),
+    ],
+)
+def test_open_answers(answer, same, others):
+    assert all(open_match(["x", answer], text) for text in same)
+    assert not any(open_match(["x", answer], text) for text in others)
+    assert open_reward(f"<answer>{same[0]}</answer>", ["x", answer]) == 1.0
+
+
+def test_the_accuracy_of_a_question_with_choices_stays_exact():
+    question = Question("0", "a.wav", "?", ["a dog", "a bell"], "a dog")
+    reward = REWARDS["accuracy"]
+    assert [reward(text, question, "direct") for text in ("a dog", "dog", "A dog")] == [1.0, 0.0, 0.0]
+    question = replace(question, choices=[], also=["hound"])
+    assert [reward(text, question, "direct") for text in ("dog", "A hound.", "cat")] == [1.0, 1.0, 0.0]

@@ -4,12 +4,16 @@ import copy
 import json
 import os
 import signal
+from collections import Counter
+from dataclasses import replace
 from functools import partial
+from itertools import permutations
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.distributed as dist
 
 import grpo_aqa
 from data import Question, load_questions, step_indices
@@ -66,8 +70,11 @@ def batches(run):
 
 def test_the_longest_prompt_fits_the_decoders_memory(begin, questions, tiny):
     """The bound exceeds the longest prompt by the bound of the markup, and by text and clip of different questions."""
-    prompt = encode_prompts(tiny[1], questions, "answer")
-    assert 0 <= begin().longest_prompt() - prompt["input_ids"].shape[1] < 60
+    bound = begin().longest_prompt()
+    for order in permutations(range(3)):  # of the choices
+        asked = [replace(q, choices=[q.choices[i] for i in order if i < len(q.choices)]) for q in questions]
+        prompt = encode_prompts(tiny[1], asked, "answer")
+        assert 0 <= bound - prompt["input_ids"].shape[1] < 60
 
 
 # ---- the questions of a step ----
@@ -90,15 +97,42 @@ def test_each_question_comes_once_an_epoch(begin, questions):
         assert all(torch.equal(prompt[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("flags", [[], ["--vary_choice_order"]])
 @pytest.mark.parametrize("done", [3, 5])
-def test_a_resumed_run_takes_the_remaining_steps(begin, monkeypatch, done):
-    whole = batches(begin())
-    run = begin()
+def test_a_resumed_run_takes_the_remaining_steps(begin, monkeypatch, done, flags):
+    whole = batches(begin(*flags))
+    run = begin(*flags)
     monkeypatch.setattr(run_module, "open_run", lambda *_: None)
     monkeypatch.setattr(run_module, "load_state", lambda *_: {"step": done, "position": 3 * done, "before": None})
     run.state = "a state"
     run.start(run.optimizer, run.order)
     assert batches(run) == whole[done:]
+
+
+def test_the_order_of_choices_varies_if_asked_for(begin, monkeypatch):
+    """The seed and a question's position decide it, for any number of ranks."""
+    run, choices = begin(), ["a", "b", "c", "d"]
+    run.questions = [Question(str(i), f"{i}.wav", "What?", choices, "a") for i in range(2)]
+
+    def stream(ranks=1, **changes):
+        """The questions of 20 epochs, in the order of the stream. changes: of the settings."""
+        vars(run.args).update(changes, prompts_per_rank=4 // ranks)
+        found = []
+        for position in range(0, 40, 4):
+            for rank in range(ranks):
+                run.order = partial(step_indices, 2, prompts_per_rank=4 // ranks, rank=rank, seed=run.args.seed)
+                with monkeypatch.context() as patch:
+                    patch.setattr(dist, "get_rank", lambda rank=rank: rank)
+                    found += run._share(position)
+        return found
+
+    given = stream()
+    assert len(given) == 40 and all(question is run.questions[int(question.id)] for question in given)
+    varied = stream(vary_choice_order=True)
+    assert [(q.id, Counter(q.choices), q.answer) for q in varied] == [(q.id, Counter(choices), "a") for q in given]
+    assert len({tuple(question.choices) for question in varied if question.id == "0"}) > 10  # of the 24 orders
+    assert stream(ranks=2) == varied
+    assert [question.choices for question in stream(seed=1)] != [question.choices for question in varied]
 
 
 def test_sigterm_ends_the_steps(begin):
@@ -129,17 +163,19 @@ def test_the_first_clip_may_be_bad(begin, questions, bad, skip):
     assert len(asked) == 15 and "bad" not in asked and list(run.bad_clips) == ["d, line 9"]
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_a_bad_clip_in_a_step(begin, questions, bad, skip):
+@pytest.mark.parametrize("flags", [[], ["--skip_bad_audio"], ["--skip_bad_audio", "--vary_choice_order"]])
+def test_a_bad_clip_in_a_step(begin, questions, bad, flags):
     """It ends the run with one line. With --skip_bad_audio, another question replaces its question."""
-    run = begin(*["--skip_bad_audio"] * skip, asked=[*questions, bad])
-    if not skip:
+    placed = [replace(question, place=f"d, line {i}") for i, question in enumerate(questions)]
+    run = begin(*flags, asked=[*placed, bad])
+    if not flags:
         with pytest.raises(InputError, match=r"^step [12]: d, line 9: .*silent\.wav: .*--resume --skip_bad_audio; "):
             batches(run)
         return
     counted, asked = 0, []
     for _ in run.steps():
         asked += [question.id for question in run.next_batch()[0]]
+        assert set(run.replaced) <= {"d, line 9"}
         counted += run.replaced.count("d, line 9")
         run.progress["position"] += run.batch_size
     assert counted == 3 and len(asked) == 15 and "bad" not in asked  # three epochs of five

@@ -342,6 +342,13 @@ def test_a_resume_may_find_the_same_questions_in_another_folder(saved):
         find_state(out, config | moved | {"lr": 2.0}, resume=True)
 
 
+def test_a_run_from_before_a_setting_existed_continues_without_it(saved):
+    out, config, state = saved
+    assert find_state(out, config | {"vary_choice_order": False}, resume=True) == state
+    with pytest.raises(InputError, match=r"it has vary_choice_order False \(now True\)"):
+        find_state(out, config | {"vary_choice_order": True}, resume=True)
+
+
 def test_a_resume_needs_the_model_that_the_run_began_with(saved):
     """The model may move. A run folder of an older version has no record of its model."""
     out, config, state = saved

@@ -240,31 +240,6 @@ def test_accuracy_of_questions_with_other_categories_or_none():
         scores.accuracy_by(questions, [True, False], "task")
 
 
-def test_ablation_table():
-    questions = make_questions(60, tasks=("sound", "music"))
-    rng = random.Random(2)
-    conditions = {name: [rng.random() < p for _ in questions] for name, p in (("with audio", 0.8), ("silence", 0.4))}
-    conditions["shuffled"] = list(conditions["with audio"])
-    lines = [cells(line) for line in scores.ablation_table(questions, conditions).splitlines()]
-    assert lines[0] == ["accuracy", "95% interval", "right", "difference", "p"]
-    assert [line[0] for line in lines[1:]] == [
-        name for group in ("all", "sound", "music") for name in (group, *conditions, "guessing")
-    ]
-    for start, task in ((1, None), (6, "sound"), (11, "music")):
-        own = [i for i, question in enumerate(questions) if task in (None, question.task)]
-        rights = [sum(correct[i] for i in own) for correct in conditions.values()]
-        assert [line[3] for line in lines[start + 1 : start + 4]] == [f"{right}/{len(own)}" for right in rights]
-        assert [line[1] for line in lines[start + 1 : start + 4]] == [f"{r / len(own) * 100:.2f}%" for r in rights]
-        assert len(lines[start + 1]) == 4  # the first is compared with nothing
-        pairs = [(conditions["with audio"][i], conditions["silence"][i]) for i in own]
-        p = scores.mcnemar_exact(pairs.count((True, False)), pairs.count((False, True)))
-        difference = (rights[1] - rights[0]) / len(own) * 100
-        assert lines[start + 2][4:] == [f"{difference:+.2f}", "<0.0001" if p < 0.0001 else f"{p:.4f}"]
-        assert lines[start + 3][4:] == ["+0.00", "1.0000"]
-        chance = statistics.fmean(1 / len(questions[i].choices) for i in own)
-        assert lines[start + 4] == ["guessing", f"{100 * chance:.2f}%"]
-
-
 # ---- predictions files ----
 
 

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv[0] = "SCRIPT.py"
 import matplotlib.figure, reward
-reward.REWARDS["brevity"] = lambda completion, answer, template: 1 / (1 + len(completion))
+reward.REWARDS["brevity"] = lambda completion, question, template: 1 / (1 + len(completion))
 savefig = matplotlib.figure.Figure.savefig
 matplotlib.figure.Figure.savefig = lambda figure, path, **options: (
     print("titles:", [axis.get_title() for axis in figure.axes]), savefig(figure, path, **options))

@@ -27,7 +27,7 @@ from model.checkpoints import load_processor, loading_errors
 from model.lora import base_of
 from model.qwen2_audio import TOKENS_PER_SECOND
 from policy import decode_text, encode_targets
-from reward import accuracy_reward, format_reward, in_nfc
+from reward import REWARDS, in_nfc
 
 CACHE = "audio_headers.json"  # in a run folder
 MARKUP_TOKENS = 48  # upper bound of the chat markup's tokens
@@ -209,6 +209,8 @@ def check_texts(name_or_path: str, questions: list[Question], template: str, max
     cannot be rewarded. Training is strict. An evaluation only lists these answers: it takes a published benchmark as it
     is, and MMAU's rule also accepts texts that are not exactly the answer.
     """
+    if count := sum(not question.choices for question in questions):
+        print(f"{count} of {len(questions)} questions have no choices: an answer is right if its words are", flush=True)
     processor = load_processor(name_or_path)
     added = processor.tokenizer.added_tokens_decoder.values()
     if problems := special_tokens_in(questions, [token.content for token in added if token.special]):
@@ -237,27 +239,27 @@ def unrewardable(processor, questions: list[Question], template: str, max_new_to
     Encodes and decodes the right completion of each distinct answer, because the rewards read decoded tokens. Questions
     without an answer are left out.
     """
-    answers = list(dict.fromkeys(q.answer for q in questions if q.answer is not None))
-    reasons: dict[str, str] = {}
-    for start in range(0, len(answers), 100):  # in batches, because targets are padded to the longest one
-        some = answers[start : start + 100]
+    different = {(q.answer, q.choices == []): q for q in questions if q.answer is not None}
+    keys, reasons = list(different), {}
+    for start in range(0, len(keys), 100):  # in batches, because targets are padded to the longest one
+        some = keys[start : start + 100]
         thought = "<think></think>" if template == "think" else ""
-        targets = [thought + target_text(answer, "answer" if thought else template) for answer in some]
+        targets = [thought + target_text(answer, "answer" if thought else template) for answer, _ in some]
         tokens, mask = encode_targets(processor, targets)
         texts, lengths = decode_text(processor, tokens, mask), (mask.sum(dim=1) - 1).tolist()  # without end of turn
-        for answer, text, length in zip(some, texts, lengths):
-            if accuracy_reward(text, answer) != 1 or format_reward(text, template) != 1:
-                reasons[answer] = f"the rewards do not find it in {text!r:.200}; reword the answer"
+        for key, text, length in zip(some, texts, lengths):
+            if any(REWARDS[name](text, different[key], template) != 1 for name in ("accuracy", "format")):
+                reasons[key] = f"the rewards do not find it in {text!r:.200}; reword the answer"
             elif length > max_new_tokens:
-                reasons[answer] = f"it takes {length} tokens; raise --max_new_tokens to {length} or more"
+                reasons[key] = f"it takes {length} tokens; raise --max_new_tokens to {length} or more"
     problems = []
     for question in questions:
         if question.answer is None:
             continue
-        reason = reasons.get(question.answer)
+        reason = reasons.get((question.answer, question.choices == []))
         if not answer_is_a_choice(question):
             reason = "it is not one of the choices; correct the answer or the choices"
-        elif in_nfc(question.answer) not in in_nfc(build_prompt(question, template)):
+        elif question.choices and in_nfc(question.answer) not in in_nfc(build_prompt(question, template)):
             reason = "the prompt does not contain it; let the template show the choices"
         if reason:
             problems.append(f"{question.place}: the right answer {question.answer!r:.100} cannot be rewarded: {reason}")

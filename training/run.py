@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Question, build_prompt, digest
+from data import Question, build_prompt, digest, shuffle_choices
 from evaluation.answering import answer_questions
 from evaluation.scores import heldout_table, score_answers
 from infra.errors import InputError, list_names
@@ -143,7 +143,11 @@ class Run:
         return policy, processor
 
     def longest_prompt(self) -> int:
-        """Bound the tokens of any prompt: those of the longest text plus those of the longest clip."""
+        """Bound the tokens of any prompt: those of the longest text plus those of the longest clip.
+
+        MARKUP_TOKENS has about 20 tokens to spare. Another order of the choices needs a few of them: only the
+        punctuation around the first and the last choice becomes other tokens.
+        """
         texts = [build_prompt(question, self.args.template) for question in self.questions]
         text_tokens = max(map(len, self.processor.tokenizer(texts)["input_ids"]))
         return text_tokens + MARKUP_TOKENS + math.ceil(TOKENS_PER_SECOND * self.longest_clip)
@@ -177,8 +181,15 @@ class Run:
         self.batches = encode_questions(self.processor, self.questions, shares, args, self.bad_clips)
 
     def _share(self, position: int) -> list[Question]:
-        """Return this rank's questions of the step at a position of the data order."""
-        return [self.questions[i] for i in self.order(position)]
+        """Return this rank's questions of the step at a position of the data order.
+
+        With --vary_choice_order, the seed and a question's own position decide the order of its choices.
+        """
+        questions = [self.questions[i] for i in self.order(position)]
+        if not self.args.vary_choice_order:
+            return questions
+        first = position + dist.get_rank() * self.args.prompts_per_rank
+        return [shuffle_choices(q, self.args.seed, CHOICES, first + n) for n, q in enumerate(questions)]
 
     def _score_heldout(self) -> tuple[float, float] | None:
         """Score greedy answers to the held-out questions, shared over the ranks: (accuracy, format), or None."""
@@ -218,7 +229,7 @@ class Run:
             prompt = to_device(prompt, self.device)
         if self.args.skip_bad_audio:
             planned = self._share(self.progress["position"])
-            self.replaced = [old.place for old, new in zip(planned, self.batch) if old is not new]
+            self.replaced = [old.place for old, new in zip(planned, self.batch) if old.place != new.place]
         if self.args.freeze_audio_tower:
             with self.clock("listen"):
                 prompt = listen(self.policy, prompt)  # once for sampling, reference and training
@@ -311,6 +322,7 @@ class Run:
 
 # ---- before and beside the steps ----
 
+CHOICES = 2**32 - 1  # seeds the orders of choices; step_indices seeds an epoch by its number, which is smaller
 SHORT = {"completion_tokens": "tokens", "seconds": "s/step"}  # names on the progress bar
 
 
@@ -379,7 +391,7 @@ def replace_bad(
     trains on the same questions. Raises InputError if no good clip is left.
     """
     bad_clips[error.question.place] = error.fault
-    start = next(i for i, question in enumerate(questions) if question is error.question)
+    start = next(i for i, question in enumerate(questions) if question.place == error.question.place)
     for other in questions[start + 1 :] + questions[:start]:
         if other.place not in bad_clips:
             return [other if question is error.question else question for question in batch]

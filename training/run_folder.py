@@ -41,6 +41,7 @@ FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
 FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version", "model_files"}  # have checks of their own
+UNRECORDED = {"vary_choice_order": False}  # settings that older runs do not record, as they were
 VERSION = 2  # of the run folder's format; states of other versions are not resumed
 
 # ---- what a run has saved ----
@@ -129,8 +130,8 @@ def find_state(out: Path, config: dict, resume: bool) -> Path | None:
     free |= {"model"} if "model_files" in saved else set()
     contradicting = [
         f"{name} {value} (now {config.get(name)})"
-        for name, value in saved.items()
-        if name not in free and value != config.get(name)
+        for name, value in (UNRECORDED | saved).items()
+        if name not in free and value != (UNRECORDED | config).get(name)
     ]
     if contradicting:
         hint = ""

@@ -50,7 +50,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
         parser.add_argument(f"--{name}", action="store_true", help=help)
 
     add("model", None, "Hugging Face name or folder of a Qwen2-Audio model")
-    add("data", None, "training questions: an R1-AQA, AVQA, MMAU or plain file")
+    add("data", None, "training questions: a JSON, JSON lines or CSV file")
     add("audio_dir", None, "folder of relative audio paths [the question file's]")
     add("heldout", None, "questions to score before and after training; audio paths start from their file's folder")
     add("out", defaults["out"], "run folder")
@@ -74,6 +74,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("lora_dropout", 0.0, "dropout of LoRA's inputs in training")
     add("lora_targets", LORA_TARGETS, "names of the linear layers with adapters")
     switch("freeze_audio_tower", "do not train the audio tower")
+    switch("vary_choice_order", "show a question's choices in a new random order each time it is used")
     switch("skip_bad_audio", "leave out questions with a missing or broken clip, instead of stopping")
     switch("resume", "continue the run in --out from its newest state")
     return parser

@@ -1,0 +1,1 @@
+"""Question files: JSON, JSON lines and CSV, with the field names of any data set."""

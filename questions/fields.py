@@ -1,0 +1,231 @@
+"""The fields of a record: the names that data sets give them, and how their values are read.
+
+NAMES has all names; the content of a record tells its data set. Read are, for example:
+
+    MMAU, MMAR      choices as a list, the answer as text
+    R1-AQA, AVQA    multi_choice, the answer as an index counted from 0; "video" in a question means the audio
+    MMSU            choice_a to choice_d
+    from the Hub    choices as "(A) a dog", answers as "(A) a dog", "A." or "A"; choices within the question's text
+    Clotho-AQA      no choices: an open question, which may have several right answers
+"""
+
+import ast
+import json
+import re
+from typing import Any
+
+from infra.errors import InputError
+from questions.clips import avqa_clip_path, clip_path, leaves_folder
+from reward import in_nfc
+
+# For each field, the first name that a record has counts.
+NAMES = {
+    "clip": ("audio_path", "audio_id", "audio", "file_name", "video_name"),
+    "question": ("question_only", "question_text", "question", "instruction", "QuestionText"),
+    "choices": ("choices", "multi_choice", "options"),
+    "answer": ("answer", "answer_gt", "answer_index"),
+    "task": ("domain", "modality", "task", "category"),
+    "category": ("category",),
+    "sub_category": ("sub-category", "sub_category", "task"),
+    "difficulty": ("difficulty",),
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERED = "choice_a"  # MMSU has choice_a, choice_b, ...; its predictions are letters
+# The answer "A" may be short for these choices: A, A minor, A# (not for "A dog").
+NOTE = r"\s*(?:$|[^\w\s]|(?:sharp|flat|major|minor|maj|min|m)\b)"
+
+
+class LeftOut(InputError):
+    """A question that is well-formed, but that this project cannot ask."""
+
+
+def present(record: dict) -> dict:
+    """Return the fields that a record has. Tables write null, or NaN, which differs from itself, for the others."""
+    return {name: value for name, value in record.items() if value is not None and value == value}
+
+
+def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
+    """Read a record as the fields of data.Question. Relative audio paths start from `folder`.
+
+    Raises LeftOut for questions about several clips and for open questions of MMAU-Pro, InputError for other records.
+    """
+    record = present(record)
+    used = {field: next((name for name in names if name in record), "") for field, names in NAMES.items()}
+    if not used["clip"] or not used["question"]:
+        known = ", ".join(NAMES["clip"]), ", ".join(NAMES["question"])
+        raise InputError(
+            f"{place}: not a question; expected a clip ({known[0]}) and a question ({known[1]}); "
+            f"found {shown(sorted(record))}"
+        )
+    question = _text(record, used["question"], place)
+    choices, spelled = _choices(record, used["choices"], place)
+    if not choices:
+        question, choices = _choices_in(question)
+    if used["choices"] == "multi_choice" or (choices and not used["choices"] and LETTERED not in record):
+        question = question.replace("video", "audio")  # AVQA asks about videos; as in the paper's code
+    audio = _clip(record, used["clip"], place, folder)
+    if isinstance(record[used["clip"]], list) and not choices:
+        raise LeftOut(f"{place}: an open question of MMAU-Pro, whose answers a model judges")
+    answers = _answers(record, used["answer"], choices, spelled, place)
+    labels = {"task": used["task"], "difficulty": used["difficulty"]}
+    for field in ("category", "sub_category"):  # each name serves once
+        labels[field] = used[field] if used[field] not in labels.values() else ""
+    values = {field: str(record[name]) for field, name in labels.items() if name}
+    if labels["task"] == "category" and labels["sub_category"]:  # MMSU counts sub-categories within a category
+        values["sub_category"] = f"{values['task']}: {values['sub_category']}"
+    return dict(
+        audio=audio, question=question, choices=choices, spelled=spelled, answer=answers[0], also=answers[1:], **values
+    )
+
+
+def shown(value) -> str:
+    """Format a value for a message: one line, at most 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+# ---- clip and question ----
+
+
+def _clip(record: dict, name: str, place: str, folder: str) -> str:
+    value = record[name]
+    if isinstance(value, list) and value:
+        if len(value) > 1:
+            raise LeftOut(f"{place}: has several clips")
+        record = {name: value[0]}
+    text = _text(record, name, place)
+    if name != "audio" and leaves_folder(text):  # names of published data sets; "audio" is a user's own path
+        raise InputError(f"{place}: {name} {shown(text)} leaves the audio folder; take the .. out, or use --audio_dir")
+    return avqa_clip_path(folder, text) if name == "video_name" else clip_path(folder, text)
+
+
+def _text(record: dict, name: str, place: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: {name} must be a text that is not empty; found {shown(value)}")
+    if "\0" in value:
+        raise InputError(f"{place}: {name} has a NUL character; found {shown(value)}")
+    return value
+
+
+# ---- choices ----
+
+
+def _choices(record: dict, name: str, place: str) -> tuple[list[str], list[str]]:
+    """Return a record's choices without their letters, and as predictions files spell them: [] if that is the same."""
+    if LETTERED in record:
+        letters = [letter for letter in LETTERS if record.get(f"choice_{letter.lower()}")]
+        value: Any = [record[f"choice_{letter.lower()}"] for letter in letters]
+        name = "choice_a, choice_b, ..."
+    elif not name:
+        return [], []
+    elif isinstance(record[name], str):
+        text = record[name]
+        value = _list_in(text) or _split(text) or text
+    else:
+        value = record[name]
+    if value == [] and name != "multi_choice" and "audio_id" not in record:
+        return [], []  # a table's empty list: an open question
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
+        raise InputError(f"{place}: {name} must be a list of at least 2 texts; found {shown(value)}")
+    if LETTERED in record:
+        return value, letters
+    bare = [_without_letter(choice, letter) for choice, letter in zip(value, LETTERS)]
+    if len(bare) == len(value) and all(bare) and "audio_id" not in record:  # MMAU's own file is read as published
+        return [str(choice) for choice in bare], value
+    return value, []
+
+
+def _choices_in(question: str) -> tuple[str, list[str]]:
+    """Split a question whose text ends with its choices: "...\\nChoices:\\nA. a dog\\nB. a bell"."""
+    parts = re.split(r"\n\s*(?:Choices|Options)\s*:\s*\n", question, maxsplit=1)
+    choices = _split(parts[1]) if len(parts) == 2 else []
+    return (parts[0].strip(), choices) if choices else (question, [])
+
+
+def _list_in(text: str) -> list | None:
+    """Return the list that a text spells in JSON or in Python, else None."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list):
+            return value
+    return None
+
+
+def _split(text: str) -> list[str]:
+    """Split "A. a dog\\nB. a bell" or "(A) a dog (B) a bell" at its letters. Returns [] for other texts."""
+    ends, start = [], 0
+    for letter in LETTERS:
+        found = re.compile(rf"(?:(?:^|\n)\s*\(?{letter}[.):]|(?:^|\s)\({letter}\))\s+").search(text, start)
+        if not found:
+            break
+        ends.append(found.span())
+        start = found.end()
+    if not ends or text[: ends[0][0]].strip():
+        return []
+    bounds = zip(ends, [*ends[1:], (len(text), 0)])
+    return [text[begin:end].strip() for (_, begin), (end, _) in bounds]
+
+
+def _without_letter(choice: str, letter: str) -> str | None:
+    """Return the choice "(A) a dog", "A. a dog", "A) a dog" or "A: a dog" without its letter; None for others."""
+    found = re.fullmatch(rf"\s*\(?{letter}[.):]\s*(?<=\s|\))(\S.*)", choice, re.DOTALL)
+    return found and found[1].strip()
+
+
+# ---- answers ----
+
+
+def _answers(record: dict, name: str, choices: list[str], spelled: list[str], place: str) -> list[Any]:
+    """Return the right answers, most often one: texts of choices, if there are choices. [None]: withheld."""
+    value = record.get(name, "")
+    values = value if isinstance(value, list) and value else [value]
+    if values == [""]:
+        return [None]
+    if not choices:
+        if not all(isinstance(answer, str) and answer.strip() for answer in values):
+            raise InputError(f"{place}: {name} of an open question must be a text, or a list; found {shown(value)}")
+        return list(dict.fromkeys(values))
+    if len(values) > 1:
+        raise InputError(f"{place}: {name} has several answers {shown(value)}; a question with choices needs one")
+    # MMAU's own file is read as it was published: its answers are texts, a few of them no choices.
+    published = "audio_id" in record
+    answer = _answer(values[0], choices, spelled, published, counted="multi_choice" in record)
+    if answer is None:
+        raise InputError(
+            f"{place}: {name} {shown(value)} names none of the choices {shown(choices)}, or several; give the text of "
+            "a choice, its letter, or its index counted from 0"
+        )
+    return [answer]
+
+
+def _answer(value, choices: list[str], spelled: list[str], published: bool, counted: bool) -> str | None:
+    """Return the choice that a value names as text, letter or index; None if it is none or may be several.
+
+    published: only texts count, and a text that is no choice stays. counted: an integer is an index, even if the
+    choices are numbers.
+    """
+    if type(value) is int and not published:
+        named = choices[value] if 0 <= value < len(choices) else None
+        if counted or str(value) not in choices:
+            return named
+        return str(value) if named in (None, str(value)) else None
+    if not isinstance(value, str):
+        return None
+    text = in_nfc(value)
+    for options in (choices, spelled):
+        if text in map(in_nfc, options):
+            return value if options is choices else choices[[in_nfc(option) for option in options].index(text)]
+    if published:
+        return value
+    found = re.fullmatch(r"\(?([A-Z])(?:[.):]+\s*(.*))?", text, re.DOTALL)
+    if not found or LETTERS.index(found[1]) >= len(choices):
+        return value  # find_questions_in shows a choice that differs only in case or spaces
+    choice, rest = choices[LETTERS.index(found[1])], found[2]
+    if rest:
+        return choice if in_nfc(rest) == in_nfc(choice) else None
+    others = [option for option in choices if option is not choice]
+    return None if any(re.match(re.escape(found[1]) + NOTE, in_nfc(option)) for option in others) else choice

@@ -1,0 +1,188 @@
+"""The fields of every data set: clip, question, choices, answer, labels; and the predictions that go back into them."""
+
+import json
+
+import pytest
+
+from data import as_written, build_prompt, load_questions
+from infra.errors import InputError
+from questions.fields import LeftOut, read_fields
+
+CHOICES = ["a dog", "a bell", "it's"]
+MMAR = {"id": "x", "audio_path": "./audio/x.wav", "question": "What?", "choices": CHOICES, "answer": "a bell"}
+MMAR |= {"modality": "mix-sound-music", "category": "Signal Layer", "sub-category": "Pitch", "language": None}
+MMSU = {"id": "s", "audio_path": "s.wav", "question": "What?", "choice_a": "a dog", "choice_b": "a bell"}
+MMSU |= {"choice_c": "it's", "choice_d": "", "answer_gt": "a bell", "task_name": "pitch", "category": "Reasoning"}
+MMSU |= {"sub-category": "Linguistics", "sub-sub-category": "Semantics"}
+LETTERS = ["(A) a dog", "(B) a bell", "(C) it's"]
+HUB = {"audio_path": "clips/h.wav", "instruction": "What?", "choices": LETTERS, "answer": LETTERS[1], "task": "sound"}
+COPY = {"audio_path": "c.wav", "question": "What?\nOptions...", "question_only": "What?", "choices": "\n".join(LETTERS)}
+COPY |= {"answer": "(B) a bell", "domain": "sound", "task": "Pitch", "difficulty": "easy", "file_name": "other.wav"}
+PRO = {"id": "p", "audio_path": ["p.wav"], "question": "What?", "choices": CHOICES, "answer": "a bell"}
+PRO |= {"category": "music", "transcription": None, "task_identifier": "t"}
+MCQ = {"source_dataset": "d", "id": 3, "question_type": "sound", "audio_path": "m.wav", "question": "What?"}
+MCQ |= {"choices": CHOICES, "answer": "a bell"}
+DCASE = {"id": "d", "audio_path": "d.wav", "question_text": "What?", "multi_choice": CHOICES, "answer": "a bell"}
+AVQA_HUB = {
+    "audio_path": "clips/v.wav",
+    "question": "What?\nChoices:\nA. a dog\nB. a bell\nC. it's",
+    "answer": "B. a bell",
+}
+PLAIN = {"file_name": "p.wav", "question": "What?", "options": CHOICES, "answer": "a bell"}
+
+
+@pytest.mark.parametrize(
+    "record, audio, labels, spelled",
+    [
+        (MMAR, "audio/x.wav", ("mix-sound-music", "Signal Layer", "Pitch"), []),
+        (MMSU, "s.wav", ("Reasoning", None, "Reasoning: Linguistics"), ["A", "B", "C"]),
+        (HUB, "clips/h.wav", ("sound", None, None), LETTERS),
+        (COPY, "c.wav", ("sound", None, "Pitch"), []),
+        (PRO, "p.wav", ("music", None, None), []),
+        (MCQ, "m.wav", (None, None, None), []),
+        (DCASE, "d.wav", (None, None, None), []),
+        (AVQA_HUB, "clips/v.wav", (None, None, None), []),
+        (PLAIN, "p.wav", (None, None, None), []),
+    ],
+    ids="MMAR MMSU Hub copy MMAU-Pro AudioMCQ DCASE AVQA plain".split(),
+)
+def test_every_data_set(tmp_path, record, audio, labels, spelled):
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    [question] = load_questions(str(tmp_path / "q.jsonl"))
+    assert (question.question, question.choices, question.answer, question.also) == ("What?", CHOICES, "a bell", [])
+    assert question.audio == str(tmp_path / audio) and question.spelled == spelled
+    assert question.id == {"m.wav": "d/3"}.get(audio, record.get("id", f"{tmp_path / 'q.jsonl'}, line 1"))
+    assert (question.task, question.category, question.sub_category) == labels
+    assert build_prompt(question, "direct") == f"What? Please choose the answer from the following options: {CHOICES}."
+
+
+def answer(value, choices, **fields):
+    values = read_fields({"audio": "a.wav", "question": "?", "choices": choices, "answer": value} | fields, "here", "")
+    return values["answer"]
+
+
+NOTES = ["C", "A", "B", "A minor", "C#"]
+KEYS = ["C major", "A minor", "C# minor", "D"]
+AS = ["A dog", "A cat", "A bell"]
+YEARS = ["1990", "2000", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    "value, choices, right",
+    [
+        ("a bell", CHOICES, "a bell"),
+        *((text, CHOICES, "a bell") for text in ("B", "(B)", "B.", "B)", "B:", "(B) a bell", "B. a bell", 1)),
+        ("B", LETTERS, "a bell"),
+        ("a bell", LETTERS, "a bell"),
+        *((note, NOTES, note) for note in NOTES),  # the exact text comes first
+        *((key, KEYS, key) for key in KEYS),
+        ("D", ["C major", "x", "y", "C#"], "C#"),
+        ("A", AS, "A dog"),
+        ("B", AS, "A cat"),
+        ("2000", YEARS, "2000"),
+        (2000, YEARS, "2000"),
+        (1, YEARS, "2000"),
+        (2, YEARS, "2"),
+        (["a bell"], CHOICES, "a bell"),
+        ("", CHOICES, None),
+    ],
+)
+def test_answers(value, choices, right):
+    """As text, letter or index."""
+    assert answer(value, choices) == right
+
+
+@pytest.mark.parametrize(
+    "value, choices",
+    [
+        ("A", KEYS),  # a letter, or the key of A
+        ("C", ["D", "C#", "x", "y"]),
+        ("B", ["x", "y", "B flat"]),
+        ("A", ["x", "A-flat"]),
+        ("(B) a dog", CHOICES),  # letter and text contradict each other
+        (0, YEARS),  # the first choice, or "0"
+        (3, CHOICES),
+        (True, CHOICES),
+        (1.0, CHOICES),
+        (["a dog", "a bell"], CHOICES),
+        ({"text": "a bell"}, CHOICES),
+    ],
+)
+def test_an_ambiguous_answer_is_refused(value, choices):
+    with pytest.raises(InputError, match="here: answer (.* names none of the choices|has several answers)"):
+        answer(value, choices)
+
+
+def test_an_index_of_avqa_is_an_index_whatever_the_choices():
+    record = {"video_name": "v", "question_text": "?", "multi_choice": YEARS, "answer": 2}
+    assert read_fields(record, "here", "")["answer"] == "2"
+
+
+@pytest.mark.parametrize(
+    "choices, bare",
+    [
+        (["A) x", "B) y"], ["x", "y"]),
+        (["A: x", "B: y\nz"], ["x", "y\nz"]),
+        (["(A)x", "(B)y"], ["x", "y"]),
+        ('[\'a "x"\', "it\'s"]', ['a "x"', "it's"]),
+        ('["x", "y"]', ["x", "y"]),
+        ("(A) x (B) y z (C) A. B. Yehoshua", ["x", "y z", "A. B. Yehoshua"]),
+        ("A. x\nB. y", ["x", "y"]),
+        (["A minor", "B minor"], None),
+        (["A.x", "B.y"], None),
+        (["(B) x", "(A) y"], None),
+        (["(A) x", "y"], None),
+        (["(A) ", "(B) "], None),
+    ],
+)
+def test_letters_of_choices(choices, bare):
+    """They are taken off if all choices have them, in order. The model does not see them."""
+    values = read_fields({"audio": "a.wav", "question": "?", "choices": choices, "answer": ""}, "here", "")
+    assert values["choices"] == (bare or choices)
+    assert values["spelled"] == (choices if bare and isinstance(choices, list) else [])
+
+
+def test_mmaus_own_file_is_read_as_it_was_published():
+    """Its prompts and its script's totals stay."""
+    record = {"audio_id": "a.wav", "question": "?", "choices": LETTERS, "answer": "B"}
+    values = read_fields(record, "here", "")
+    assert (values["choices"], values["answer"], values["spelled"]) == (LETTERS, "B", [])
+
+
+def test_several_clips_and_open_questions_of_mmau_pro_are_left_out():
+    for fields, reason in (({"audio_path": ["a.wav", "b.wav"]}, "several clips"), ({"choices": []}, "MMAU-Pro")):
+        with pytest.raises(LeftOut, match=f"here: .*{reason}"):
+            read_fields(PRO | fields, "here", "")
+    with pytest.raises(InputError, match="here: audio_path must be a text") as error:
+        read_fields(PRO | {"audio_path": []}, "here", "")
+    assert not isinstance(error.value, LeftOut)
+
+
+@pytest.mark.parametrize("name", ["audio_path", "file_name", "audio_id", "video_name"])
+@pytest.mark.parametrize("path", ["../a.wav", "x/../../a.wav", "..\\a.wav"])
+def test_names_of_data_sets_stay_in_the_audio_folder(name, path):
+    with pytest.raises(InputError, match=f"here: {name} .* leaves the audio folder"):
+        read_fields({name: path, "question": "?", "choices": CHOICES, "answer": "a dog"}, "here", "")
+    assert read_fields({"audio": path, "question": "?", "answer": "a dog"}, "here", "x")["audio"].endswith("a.wav")
+
+
+def question_of(tmp_path, record):
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    return load_questions(str(tmp_path / "q.jsonl"))[0]
+
+
+@pytest.mark.parametrize("record, written", [(HUB, "(B) a bell"), (MMSU, "B"), (MMAR, "a bell")])
+def test_predictions_are_written_as_the_file_spells_them(tmp_path, record, written):
+    question = question_of(tmp_path, record)
+    assert as_written(question, "a bell") == as_written(question, written) == written
+    if question.spelled:
+        assert as_written(question, "The BELL, a bell.") == written  # MMAU's rule: it names this choice alone
+
+
+def test_a_prediction_that_names_no_choice(tmp_path):
+    """MMSU's script does not count other texts than letters, so the prediction becomes a wrong letter."""
+    assert as_written(question_of(tmp_path, HUB), "a dog or a bell") == "a dog or a bell"
+    assert as_written(question_of(tmp_path, MMSU), "a dog or a bell") == "A"
+    assert as_written(question_of(tmp_path, MMSU | {"answer_gt": "a dog"}), "") == "B"
+    swapped = MMSU | {"choice_a": "B", "choice_b": "A", "answer_gt": "A"}  # choices that are letters themselves
+    assert as_written(question_of(tmp_path, swapped), "A") == "B"
