@@ -1,11 +1,11 @@
 """Make clips and a question file from a data set of the Hugging Face Hub, whose parquet files hold both.
 
     hf download gijs/avqa-processed --repo-type dataset --local-dir data/avqa-processed
-    python prepare.py data/avqa-processed --out data/avqa
+    python prepare.py data/avqa-processed --split train --out data/avqa-hub
 
 Clips are written as they are to DIR/clips/. DIR/questions.jsonl has all other columns, and the clip as `audio_path`. It
 appears when everything is complete. After an interruption, the same command reads the parquet files again and writes
-only the missing clips. The package pyarrow reads the files.
+only the missing clips. The package pyarrow reads the files (pip install pyarrow).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from infra.errors import InputError, list_names, list_problems
-from infra.files import check_folder, free_bytes, replacing, write_text, writing
+from infra.files import UNFINISHED, check_folder, free_bytes, replacing, write_text, writing
 from infra.flags import Parser
 from infra.ownership import OWNER, owning
 from questions.clips import leaves_folder
@@ -50,11 +50,12 @@ def find_files(sources: list[str], split: str | None) -> list[Path]:
     """Return the parquet files of one split, in order. sources: files, or folders of files. Raises InputError."""
     splits = defaultdict(list)
     for source in map(Path, sources):
-        if not source.exists():
+        if not (source.is_dir() or source.is_file()):
             raise InputError(f"{source}: no such file or folder")
         for path in sorted(source.rglob("*.parquet")) if source.is_dir() else [source]:
             name = path.relative_to(source).parent / re.sub(SHARD, "", path.stem)
-            splits[name.as_posix()].append(path)
+            if path.is_file():
+                splits[name.as_posix()].append(path)
     if not splits:
         raise InputError(f"{', '.join(sources)}: no .parquet file; give the folder that hf download made")
     chosen = [files for name, files in splits.items() if not split or f"/{name}".endswith(f"/{split}")]
@@ -104,10 +105,10 @@ def survey(path: Path) -> tuple[int, int]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict, Any]]:
-    """Yield each row of a parquet file, and its sound. Holds two of the file's pages in memory. Raises InputError."""
+    """Yield each row of a parquet file, and its sound. Needs memory for up to three pages. Raises InputError."""
     with opened(path) as file:
         sound, size = sound_column(file.schema_arrow), path.stat().st_size
-        for batch in file.iter_batches(max(1, min(64, BATCH * file.metadata.num_rows // size)), use_threads=False):
+        for batch in file.iter_batches(max(1, min(16, BATCH * file.metadata.num_rows // size)), use_threads=False):
             for i, field in enumerate(batch.schema):
                 if pyarrow.types.is_temporal(field.type):  # Python's datetime has no nanoseconds
                     batch = batch.set_column(i, field.name, batch.column(i).cast("string"))
@@ -251,14 +252,14 @@ def main() -> None:
     check_folder(out)
     with owning(out / OWNER):
         source, questions = out / SOURCE, out / "questions.jsonl"
-        if source.exists() and source.read_text() != identity:
-            raise InputError(f"{out}: has clips of another source; name a new folder with --out")
-        if not source.exists() and set(os.listdir(out)) - {OWNER}:
+        if not source.exists() and any(not name.endswith((OWNER, UNFINISHED)) for name in os.listdir(out)):
             raise InputError(f"{out}: is not empty; name a new folder with --out")
-        if questions.exists():
+        if not questions.exists():
+            print(prepare(files, out, identity))
+        elif source.read_bytes() == identity.encode():
             print("already there; to make it again, remove questions.jsonl")
         else:
-            print(prepare(files, out, identity))
+            raise InputError(f"{questions}: is from other parquet files; name a new folder with --out")
     for use in ("grpo_aqa.py --model", "eval_mmau.py --ckpt"):
         print(f"python {use} Qwen/Qwen2-Audio-7B-Instruct --data {shlex.quote(str(questions))}")
 

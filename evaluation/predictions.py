@@ -47,7 +47,7 @@ def without_answers(records: list[tuple[str, dict]]) -> tuple[list[dict], list[s
     """
     found, problems = [], []
     for place, record in records:
-        added = MMSU_ADDED if LETTERED in record else ADDED
+        added = MMSU_ADDED if record.get(LETTERED) else ADDED
         taken = [key for key in added if key in present(record)]
         if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
             problems.append(f"{place}: has the field {taken[0]!r}, which predictions files use; rename the field")
@@ -68,7 +68,7 @@ def with_answers(
         completions = answers.get(i, [""])
         answer = majority_vote([prediction(text, questions[i].choices) for text in completions])
         written = as_written(questions[i], answer)
-        if LETTERED in record:  # MMSU's script reads a letter
+        if record.get(LETTERED):  # MMSU's script reads a letter
             record, written = record | {"response": written}, answer
         record = record | dict.fromkeys(ADDED[:3], written) | {"completion": completions[0]}
         if sampled:
@@ -140,7 +140,7 @@ def write_predictions(out: str, records: list[dict], settings: dict, question_fi
             os.replace(settings_path(out), settings_path(str(aside)))
         print(f"{out} had other settings, or was changed since it was written: it is now {aside}")
     # ASCII, because MMAU's script opens it in the default encoding. MMSU's script reads JSON lines.
-    if out.endswith(".jsonl") or any(LETTERED in record for record in records):
+    if out.endswith(".jsonl") or any(record.get(LETTERED) for record in records):
         text = "".join(json.dumps(record) + "\n" for record in records)
     else:
         text = json.dumps(records, indent=2) + "\n"

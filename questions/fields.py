@@ -61,7 +61,7 @@ def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
     choices, spelled = _choices(record, used["choices"], place)
     if not choices:
         question, choices = _choices_in(question)
-    if used["choices"] == "multi_choice" or (choices and not used["choices"] and LETTERED not in record):
+    if used["choices"] == "multi_choice" or (choices and not used["choices"] and not record.get(LETTERED)):
         question = question.replace("video", "audio")  # AVQA asks about videos; as in the paper's code
     audio = _clip(record, used["clip"], place, folder)
     if isinstance(record[used["clip"]], list) and not choices:
@@ -70,7 +70,7 @@ def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
     labels = {"task": used["task"], "difficulty": used["difficulty"]}
     for field in ("category", "sub_category"):  # each name serves once
         labels[field] = used[field] if used[field] not in labels.values() else ""
-    values = {field: str(record[name]) for field, name in labels.items() if name}
+    values = {field: _label(record[name]) for field, name in labels.items() if name}
     if labels["task"] == "category" and labels["sub_category"]:  # MMSU counts sub-categories within a category
         values["sub_category"] = f"{values['task']}: {values['sub_category']}"
     return dict(
@@ -82,6 +82,11 @@ def shown(value) -> str:
     """Format a value for a message: one line, at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _label(value) -> str:
+    """Return the text of a label. The Hub's copy of MMAU has a few lists of one, such as ["Reasoning"]."""
+    return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
 
 
 # ---- clip and question ----
@@ -113,7 +118,7 @@ def _text(record: dict, name: str, place: str) -> str:
 
 def _choices(record: dict, name: str, place: str) -> tuple[list[str], list[str]]:
     """Return a record's choices without their letters, and as predictions files spell them: [] if that is the same."""
-    if LETTERED in record:
+    if record.get(LETTERED):
         letters = [letter for letter in LETTERS if record.get(f"choice_{letter.lower()}")]
         value: Any = [record[f"choice_{letter.lower()}"] for letter in letters]
         name = "choice_a, choice_b, ..."
@@ -128,7 +133,7 @@ def _choices(record: dict, name: str, place: str) -> tuple[list[str], list[str]]
         return [], []  # a table's empty list: an open question
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
         raise InputError(f"{place}: {name} must be a list of at least 2 texts; found {shown(value)}")
-    if LETTERED in record:
+    if record.get(LETTERED):
         return value, letters
     bare = [_without_letter(choice, letter) for choice, letter in zip(value, LETTERS)]
     if len(bare) == len(value) and all(bare) and "audio_id" not in record:  # MMAU's own file is read as published
@@ -159,7 +164,7 @@ def _split(text: str) -> list[str]:
     """Split "A. a dog\\nB. a bell" or "(A) a dog (B) a bell" at its letters. Returns [] for other texts."""
     ends, start = [], 0
     for letter in LETTERS:
-        found = re.compile(rf"(?:(?:^|\n)\s*\(?{letter}[.):]|(?:^|\s)\({letter}\))\s+").search(text, start)
+        found = re.compile(rf"(?:(?:^|\n)\s*\(?{letter}[.):]|(?:^|\s)\({letter}\))[ \t]*").search(text, start)
         if not found:
             break
         ends.append(found.span())

@@ -15,7 +15,7 @@ MMSU = {"id": "s", "audio_path": "s.wav", "question": "What?", "choice_a": "a do
 MMSU |= {"choice_c": "it's", "choice_d": "", "answer_gt": "a bell", "task_name": "pitch", "category": "Reasoning"}
 MMSU |= {"sub-category": "Linguistics", "sub-sub-category": "Semantics"}
 LETTERS = ["(A) a dog", "(B) a bell", "(C) it's"]
-HUB = {"audio_path": "clips/h.wav", "instruction": "What?", "choices": LETTERS, "answer": LETTERS[1], "task": "sound"}
+HUB = {"category": ["Reasoning"], "audio_path": "clips/h.wav", "instruction": "What?", "choices": LETTERS, "answer": LETTERS[1], "task": "sound"}
 COPY = {"audio_path": "c.wav", "question": "What?\nOptions...", "question_only": "What?", "choices": "\n".join(LETTERS)}
 COPY |= {"answer": "(B) a bell", "domain": "sound", "task": "Pitch", "difficulty": "easy", "file_name": "other.wav"}
 PRO = {"id": "p", "audio_path": ["p.wav"], "question": "What?", "choices": CHOICES, "answer": "a bell"}
@@ -36,7 +36,7 @@ PLAIN = {"file_name": "p.wav", "question": "What?", "options": CHOICES, "answer"
     [
         (MMAR, "audio/x.wav", ("mix-sound-music", "Signal Layer", "Pitch"), []),
         (MMSU, "s.wav", ("Reasoning", None, "Reasoning: Linguistics"), ["A", "B", "C"]),
-        (HUB, "clips/h.wav", ("sound", None, None), LETTERS),
+        (HUB, "clips/h.wav", ("sound", "Reasoning", None), LETTERS),
         (COPY, "c.wav", ("sound", None, "Pitch"), []),
         (PRO, "p.wav", ("music", None, None), []),
         (MCQ, "m.wav", (None, None, None), []),
@@ -128,6 +128,7 @@ def test_an_index_of_avqa_is_an_index_whatever_the_choices():
         ('["x", "y"]', ["x", "y"]),
         ("(A) x (B) y z (C) A. B. Yehoshua", ["x", "y z", "A. B. Yehoshua"]),
         ("A. x\nB. y", ["x", "y"]),
+        ("A.3\nB.One\n", ["3", "One"]),
         (["A minor", "B minor"], None),
         (["A.x", "B.y"], None),
         (["(B) x", "(A) y"], None),

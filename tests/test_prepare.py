@@ -312,21 +312,23 @@ def test_a_finished_folder(several, run, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "already there" in printed
     assert printed.count(f"python grpo_aqa.py --model Qwen/Qwen2-Audio-7B-Instruct --data {tmp_path}/out/q") == 2
-    other = write(tmp_path / "other.parquet", questions_of(sound()))
-    for finished in (True, False):
-        with pytest.raises(InputError, match="out: has clips of another source; name a new folder with --out"):
-            run(other)
-        if finished:
-            (tmp_path / "out" / "questions.jsonl").unlink()
-    assert run(several) == records
+    other = write(tmp_path / "other.parquet", questions_of(sound(9, "0.wav")))
+    with pytest.raises(InputError, match="questions.jsonl: is from other parquet files; name a new folder with --out"):
+        run(other)
+    (tmp_path / "out" / "questions.jsonl").unlink()
+    assert len(run(other)) == 1 and (tmp_path / "out" / "clips" / "0.wav").read_bytes() == clip(9)
+    (tmp_path / "out" / "questions.jsonl").unlink()
+    assert run(several) == records and (tmp_path / "out" / "clips" / "0.wav").read_bytes() == clip(0)
 
 
 def test_a_folder_with_other_files_is_refused(several, run, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
+    for name in ("mine", "owner.json", "source.json.unfinished"):  # the last two are left after a kill
+        (tmp_path / "out" / name).touch()
     with pytest.raises(InputError, match="out: is not empty; name a new folder with --out"):
         run(several)
-    assert names(tmp_path / "out") == ["mine"]
+    (tmp_path / "out" / "mine").unlink()
+    assert len(run(several)) == 12
 
 
 def test_two_jobs_with_one_out(several, run, tmp_path):
@@ -352,6 +354,7 @@ def test_splits(run, tmp_path):
     )  # fmt: skip
     (folder / ".cache").mkdir()  # of hf download
     (folder / ".cache" / "x.parquet.metadata").touch()
+    (folder / "folder.parquet").mkdir()
     cases = {None: "3 splits", "train": "2 splits named train", "valid": "0 splits named valid"}
     for split, found in cases.items():
         with pytest.raises(InputError, match=f"hub: {found}; choose one with --split: .*data/test, data/train, en/tr"):
@@ -389,12 +392,14 @@ def test_bad_sources(run, tmp_path):
     write(tmp_path / "silent.parquet", [{"question": "What?", "audio": {"array": [0.0], "rate": 16_000}}],
           audio=pyarrow.struct({"array": pyarrow.list_(pyarrow.float64()), "rate": pyarrow.int64()}))  # fmt: skip
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.parquet")  # reading it would wait
     for name, message in {
         "text.parquet": "text.parquet: cannot be read as parquet (.*magic bytes.*); download it again",
         "cut.parquet": "cut.parquet: cannot be read as parquet",
         "silent.parquet": "silent.parquet: has no sound, a column of bytes and path; found question, audio",
         "empty": "empty: no .parquet file; give the folder that hf download made",
         "missing": "missing: no such file or folder",
+        "pipe.parquet": "pipe.parquet: no such file or folder",
     }.items():
         with pytest.raises(InputError, match=message.replace("(", r"\(").replace(")", r"\)")):
             run(tmp_path / name)
@@ -470,13 +475,12 @@ def test_a_folder_that_cannot_be_written(several, run, tmp_path, monkeypatch):
 # ---- memory ----
 
 
-@pytest.mark.parametrize("rows_per_group", [8, 80])
-def test_memory_does_not_grow_with_the_file(rows_per_group, tmp_path):
-    """A file of 80 MB in pages of 8 MB is read with memory for a few pages, even if it is one row group."""
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """A file of 80 MB with two row groups in pages of 8 MB is read with memory for a few pages."""
     rng = np.random.default_rng(0)
     parts = [questions_of(*[{"bytes": rng.bytes(1_000_000), "path": f"{i}.wav"} for i in range(8)]) for _ in range(10)]
     table = pyarrow.concat_tables(map(pyarrow.Table.from_pylist, parts))
-    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=rows_per_group, use_dictionary=False)
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=40, use_dictionary=False)
     driver = """
 import prepare, pyarrow, sys
 prepare.main()
@@ -485,4 +489,4 @@ print(pyarrow.default_memory_pool().max_memory())
     argv = [sys.executable, "-c", driver, tmp_path / "x.parquet", "--out", tmp_path / "out"]
     ended = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT)
     assert len(names(tmp_path / "out" / "clips")) == 80
-    assert 8e6 < int(ended.stdout.split()[-1]) < 1, ended.stdout
+    assert 8e6 < int(ended.stdout.split()[-1]) < 50e6, ended.stdout
