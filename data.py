@@ -103,7 +103,7 @@ def find_questions(path: str, audio_dir: str | None = None) -> tuple[list[Questi
     """
     records, problems = find_records(path)
     questions, more = find_questions_in(records, audio_dir or os.path.dirname(path))
-    return questions, problems + more
+    return share_answers(questions), problems + more
 
 
 def find_questions_in(records: Placed, folder: str) -> tuple[list[Question], list[str]]:
@@ -112,12 +112,13 @@ def find_questions_in(records: Placed, folder: str) -> tuple[list[Question], lis
     Leaves out questions that this project cannot ask (several clips), and prints how many. Raises InputError if these
     are all.
     """
-    questions, problems, left_out, places = [], [], [], {}  # places: id -> place
+    questions, problems, places = [], [], {}  # places: id -> place
+    left_out: dict[str, list[str]] = {}  # reason -> places
     for place, record in records:
         try:
             question = parse_record(record, place, folder)
         except LeftOut as reason:
-            left_out.append(str(reason))
+            left_out.setdefault(str(reason), []).append(place)
             continue
         except InputError as error:
             problems.append(str(error))
@@ -132,12 +133,12 @@ def find_questions_in(records: Placed, folder: str) -> tuple[list[Question], lis
             problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
             continue
         questions.append(question)
-    if left_out:
-        text = list_problems(left_out, f"{len(left_out)} of {len(records)} questions are left out")
+    for why, own in left_out.items():
+        text = list_problems(own, f"{len(own)} of {len(records)} questions are left out: {why}")
         if not questions and not problems:
             raise InputError(text)
         print(text, flush=True)
-    return share_answers(questions), problems
+    return questions, problems
 
 
 def share_answers(questions: list[Question]) -> list[Question]:

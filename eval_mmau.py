@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from data import TEMPLATES, Question, find_questions_in
+from data import TEMPLATES, Question, find_questions_in, share_answers
 from evaluation.ablations import change, check_needs_audio, note, suffix, variants, write_needs_audio
 from evaluation.answering import answer_questions, check_batching
 from evaluation.predictions import (
@@ -229,7 +229,7 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
             "links, and unpack them to data/MMAU/test-mini-audios/; or name another file with --data"
         )
     placed = require(find_records(path))
-    questions = require(find_questions_in(placed, audio_dir or os.path.dirname(path)))[:limit]
+    questions = share_answers(require(find_questions_in(placed, audio_dir or os.path.dirname(path)))[:limit])
     asked = {question.place for question in questions}  # some questions may be left out
     records = require(without_answers([(place, record) for place, record in placed if place in asked]))
     if any(isinstance(record.get("audio_path"), list) for record in records):

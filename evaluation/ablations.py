@@ -186,10 +186,17 @@ def write_needs_audio(
 
     asked = [i for i, q in enumerate(questions) if q.answer is not None and "error" not in predicted["plain"][i]]
     needing = [i for i in asked if not right(SILENCE, i) and not right(OTHER_CLIP, i)]
-    lines = [json.dumps(records[i] | {RIGHT_WITH_AUDIO: right("plain", i)}) + "\n" for i in needing]
+    counted = f"{len(needing)} of {len(asked)} questions are wrong with silence and with another clip"
+    if not needing:
+        return f"{counted}: nothing to write to {path}"
+    lines = []
+    for i in needing:
+        record = records[i] | {RIGHT_WITH_AUDIO: right("plain", i)}
+        if questions[i].also:  # the rows with the other answers may be left out
+            record["answer"] = [questions[i].answer, *questions[i].also]
+        lines.append(json.dumps(record) + "\n")
     write_text(Path(path), "".join(lines))
     return (
-        f"{path}: {len(needing)} of {len(asked)} questions are wrong with silence and with another clip; "
-        f"{sum(right('plain', i) for i in needing)} of these are right with their own\n"
+        f"{path}: {counted}; {sum(right('plain', i) for i in needing)} of these are right with their own\n"
         f"train with --data {shlex.quote(path)} --audio_dir {shlex.quote(folder or '.')}"
     )

@@ -16,14 +16,14 @@ from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
 from infra.ownership import require_ownership
 from model.lora import adapter_base, is_adapter
-from questions.fields import LETTERED, present
+from questions.fields import MMSU, present
 from reward import prediction
 
 # The files of a checkpoint that answers depend on. Predictions may lie beside them, so not every *.json is listed.
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "vocab.json", "merges.txt", "*chat_template*")
 # The keys that with_answers writes: MMAU's scripts read the first two, MMAR's the third.
 ADDED = ("model_prediction", "model_output", "answer_prediction", "completion", "samples", "error")
-MMSU_ADDED = (*ADDED, "response")
+ADDED_TO_MMSU = (*ADDED, "response")
 
 # ---- predictions files ----
 
@@ -47,7 +47,7 @@ def without_answers(records: list[tuple[str, dict]]) -> tuple[list[dict], list[s
     """
     found, problems = [], []
     for place, record in records:
-        added = MMSU_ADDED if record.get(LETTERED) else ADDED
+        added = ADDED_TO_MMSU if record.get(MMSU) else ADDED
         taken = [key for key in added if key in present(record)]
         if taken and not {"model_prediction", "model_output", "completion"} <= record.keys():
             problems.append(f"{place}: has the field {taken[0]!r}, which predictions files use; rename the field")
@@ -68,7 +68,7 @@ def with_answers(
         completions = answers.get(i, [""])
         answer = majority_vote([prediction(text, questions[i].choices) for text in completions])
         written = as_written(questions[i], answer)
-        if record.get(LETTERED):  # MMSU's script reads a letter
+        if record.get(MMSU):  # MMSU's script reads a letter
             record, written = record | {"response": written}, answer
         record = record | dict.fromkeys(ADDED[:3], written) | {"completion": completions[0]}
         if sampled:
@@ -140,7 +140,7 @@ def write_predictions(out: str, records: list[dict], settings: dict, question_fi
             os.replace(settings_path(out), settings_path(str(aside)))
         print(f"{out} had other settings, or was changed since it was written: it is now {aside}")
     # ASCII, because MMAU's script opens it in the default encoding. MMSU's script reads JSON lines.
-    if out.endswith(".jsonl") or any(record.get(LETTERED) for record in records):
+    if out.endswith(".jsonl") or any(record.get(MMSU) for record in records):
         text = "".join(json.dumps(record) + "\n" for record in records)
     else:
         text = json.dumps(records, indent=2) + "\n"

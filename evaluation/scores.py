@@ -14,7 +14,7 @@ import re
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 
-from data import Question, answer_is_a_choice, as_written, parse_record
+from data import Question, answer_is_a_choice, as_written, parse_record, share_answers
 from infra.errors import InputError, list_names
 from questions.fields import present
 from questions.reading import find_records, require
@@ -165,11 +165,12 @@ def read_predictions(path: str) -> tuple[list[Question], list[str]]:
         if not isinstance(record.get(key), str):
             raise InputError(f"{place}: no text model_prediction; give a predictions file that eval_mmau.py wrote")
         question, predicted = parse_record(record, place, ""), record[key]
-        if key == "response" and predicted in question.spelled:  # MMSU: the letter of a choice
-            predicted = question.choices[question.spelled.index(predicted)]
+        if key == "response":  # MMSU's script reads the letter of a choice as the first character, or the last but one
+            letters = [letter for letter in (predicted[:1], predicted[-2:-1]) if letter.isupper()]
+            predicted = next((text for letter in letters if (text := record.get(f"choice_{letter.lower()}"))), "")
         questions.append(question)
         predictions.append(predicted)
-    return questions, predictions
+    return share_answers(questions), predictions
 
 
 def require_same_questions(path_a: str, a: list[Question], path_b: str, b: list[Question]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.errors import InputError
 from questions.clips import avqa_clip_path, clip_path, leaves_folder
-from reward import in_nfc
+from reward import as_choice, in_nfc
 
 # For each field, the first name that a record has counts.
 NAMES = {
@@ -30,13 +30,15 @@ NAMES = {
     "difficulty": ("difficulty",),
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTERED = "choice_a"  # MMSU has choice_a, choice_b, ...; its predictions are letters
-# The answer "A" may be short for these choices: A, A minor, A# (not for "A dog").
-NOTE = r"\s*(?:$|[^\w\s]|(?:sharp|flat|major|minor|maj|min|m)\b)"
+# A choice may have a field of its own: choice_a (MMSU), option_B, C. Predictions for MMSU are letters.
+LETTERED = r"(?:(?:choice|option)[_ ]?)?([A-Z])|(?:choice|option)[_ ]([a-z])"
+MMSU = "choice_a"
+# The answer "A" may be short for these choices: A, A minor, Am7, A# (not for "A dog").
+NOTE = r"\s*(?:$|[^\w\s]|(?:sharp|flat|major|minor|maj|min|m)\d*\b)"
 
 
 class LeftOut(InputError):
-    """A question that is well-formed, but that this project cannot ask."""
+    """The reason why this project cannot ask a well-formed question."""
 
 
 def present(record: dict) -> dict:
@@ -58,21 +60,30 @@ def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
             f"found {shown(sorted(record))}"
         )
     question = _text(record, used["question"], place)
-    choices, spelled = _choices(record, used["choices"], place)
+    lettered = _lettered(record) if not used["choices"] else {}
+    choices, spelled = _choices(record, used["choices"], lettered, place)
     if not choices:
         question, choices = _choices_in(question)
-    if used["choices"] == "multi_choice" or (choices and not used["choices"] and not record.get(LETTERED)):
-        question = question.replace("video", "audio")  # AVQA asks about videos; as in the paper's code
+        avqa = bool(choices)
+    else:
+        avqa = used["choices"] == "multi_choice"
+    if avqa:  # its questions are about videos
+        question = question.replace("video", "audio")  # as in the paper's code
     audio = _clip(record, used["clip"], place, folder)
     if isinstance(record[used["clip"]], list) and not choices:
-        raise LeftOut(f"{place}: an open question of MMAU-Pro, whose answers a model judges")
-    answers = _answers(record, used["answer"], choices, spelled, place)
+        raise LeftOut("an open question of MMAU-Pro, whose answers a model judges")
+    answers = _answers(record, used["answer"], choices, spelled, list(lettered or LETTERS), place)
     labels = {"task": used["task"], "difficulty": used["difficulty"]}
     for field in ("category", "sub_category"):  # each name serves once
         labels[field] = used[field] if used[field] not in labels.values() else ""
     values = {field: _label(record[name]) for field, name in labels.items() if name}
     if labels["task"] == "category" and labels["sub_category"]:  # MMSU counts sub-categories within a category
         values["sub_category"] = f"{values['task']}: {values['sub_category']}"
+    if spelled and answers[0] is not None:  # choices that are equal are right together
+        right = record[used["answer"]]
+        if lettered or right not in spelled:
+            right = spelled[choices.index(as_choice(answers[0], choices))]
+        spelled = [right if in_nfc(choice) == in_nfc(answers[0]) else text for choice, text in zip(choices, spelled)]
     return dict(
         audio=audio, question=question, choices=choices, spelled=spelled, answer=answers[0], also=answers[1:], **values
     )
@@ -82,6 +93,11 @@ def shown(value) -> str:
     """Format a value for a message: one line, at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
+
+
+def _is_mmaus(record: dict) -> bool:
+    """Tell whether a record is of MMAU's own file. It is read as published: a few of its answers are no choices."""
+    return "audio_id" in record and "audio_path" not in record
 
 
 def _label(value) -> str:
@@ -96,7 +112,7 @@ def _clip(record: dict, name: str, place: str, folder: str) -> str:
     value = record[name]
     if isinstance(value, list) and value:
         if len(value) > 1:
-            raise LeftOut(f"{place}: has several clips")
+            raise LeftOut("several clips")
         record = {name: value[0]}
     text = _text(record, name, place)
     if name != "audio" and leaves_folder(text):  # names of published data sets; "audio" is a user's own path
@@ -116,36 +132,44 @@ def _text(record: dict, name: str, place: str) -> str:
 # ---- choices ----
 
 
-def _choices(record: dict, name: str, place: str) -> tuple[list[str], list[str]]:
-    """Return a record's choices without their letters, and as predictions files spell them: [] if that is the same."""
-    if record.get(LETTERED):
-        letters = [letter for letter in LETTERS if record.get(f"choice_{letter.lower()}")]
-        value: Any = [record[f"choice_{letter.lower()}"] for letter in letters]
-        name = "choice_a, choice_b, ..."
-    elif not name:
+def _choices(record: dict, name: str, lettered: dict[str, Any], place: str) -> tuple[list[str], list[str]]:
+    """Return a record's choices without their letters, and as predictions files spell them: [] if that is the same.
+
+    lettered: choices that have fields of their own, by letter.
+    """
+    if not name and not lettered:
         return [], []
-    elif isinstance(record[name], str):
-        text = record[name]
-        value = _list_in(text) or _split(text) or text
-    else:
-        value = record[name]
-    if value == [] and name != "multi_choice" and "audio_id" not in record:
+    value: Any = record[name] if name else list(lettered.values())
+    if isinstance(value, str):
+        value = _list_in(value) or _split(value) or value
+    if value == [] and name != "multi_choice" and not _is_mmaus(record):
         return [], []  # a table's empty list: an open question
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(choice, str) for choice in value):
-        raise InputError(f"{place}: {name} must be a list of at least 2 texts; found {shown(value)}")
-    if record.get(LETTERED):
-        return value, letters
+        raise InputError(f"{place}: {name or MMSU} must be a list of at least 2 texts; found {shown(value)}")
+    if lettered:
+        return value, list(lettered) if record.get(MMSU) else []
     bare = [_without_letter(choice, letter) for choice, letter in zip(value, LETTERS)]
-    if len(bare) == len(value) and all(bare) and "audio_id" not in record:  # MMAU's own file is read as published
+    if len(bare) == len(value) and all(bare) and not _is_mmaus(record):
         return [str(choice) for choice in bare], value
     return value, []
 
 
 def _choices_in(question: str) -> tuple[str, list[str]]:
     """Split a question whose text ends with its choices: "...\\nChoices:\\nA. a dog\\nB. a bell"."""
-    parts = re.split(r"\n\s*(?:Choices|Options)\s*:\s*\n", question, maxsplit=1)
-    choices = _split(parts[1]) if len(parts) == 2 else []
-    return (parts[0].strip(), choices) if choices else (question, [])
+    start = re.search(r"(?:\s(?i:choices|options)\s*:\s*|\n\s*)(?=\(?A[.):])", question)
+    choices = _split(question[start.end() :]) if start else []
+    return (
+        (question[: start.start()].strip(), choices) if start and len(choices) > 1 and all(choices) else (question, [])
+    )
+
+
+def _lettered(record: dict) -> dict[str, Any]:
+    """Return the choices that have fields of their own, by letter. MMSU leaves the last ones empty."""
+    found = {}
+    for name, value in record.items():
+        if value != "" and (letter := re.fullmatch(LETTERED, name)):
+            found[(letter[1] or letter[2]).upper()] = value
+    return dict(sorted(found.items())) if len(found) > 1 else {}
 
 
 def _list_in(text: str) -> list | None:
@@ -184,7 +208,9 @@ def _without_letter(choice: str, letter: str) -> str | None:
 # ---- answers ----
 
 
-def _answers(record: dict, name: str, choices: list[str], spelled: list[str], place: str) -> list[Any]:
+def _answers(
+    record: dict, name: str, choices: list[str], spelled: list[str], letters: list[str], place: str
+) -> list[Any]:
     """Return the right answers, most often one: texts of choices, if there are choices. [None]: withheld."""
     value = record.get(name, "")
     values = value if isinstance(value, list) and value else [value]
@@ -193,26 +219,34 @@ def _answers(record: dict, name: str, choices: list[str], spelled: list[str], pl
     if not choices:
         if not all(isinstance(answer, str) and answer.strip() for answer in values):
             raise InputError(f"{place}: {name} of an open question must be a text, or a list; found {shown(value)}")
+        if any(re.fullmatch(r"\(?[A-Z][.):]+(?:\s.*)?", answer.strip()) for answer in values):
+            raise InputError(f"{place}: {name} {shown(value)} is the letter of a choice, but the record has no choices")
         return list(dict.fromkeys(values))
     if len(values) > 1:
         raise InputError(f"{place}: {name} has several answers {shown(value)}; a question with choices needs one")
-    # MMAU's own file is read as it was published: its answers are texts, a few of them no choices.
-    published = "audio_id" in record
-    answer = _answer(values[0], choices, spelled, published, counted="multi_choice" in record)
+    answer = _answer(
+        values[0], choices, spelled, letters, published=_is_mmaus(record), counted="multi_choice" in record
+    )
     if answer is None:
         raise InputError(
             f"{place}: {name} {shown(value)} names none of the choices {shown(choices)}, or several; give the text of "
             "a choice, its letter, or its index counted from 0"
         )
-    return [answer]
+    return [answer or None]
 
 
-def _answer(value, choices: list[str], spelled: list[str], published: bool, counted: bool) -> str | None:
+def _answer(
+    value, choices: list[str], spelled: list[str], letters: list[str], published: bool, counted: bool
+) -> str | None:
     """Return the choice that a value names as text, letter or index; None if it is none or may be several.
 
-    published: only texts count, and a text that is no choice stays. counted: an integer is an index, even if the
-    choices are numbers.
+    letters: of the choices. published: only texts count, and a text that is no choice stays. counted: an integer is an
+    index, even if the choices are numbers.
     """
+    if isinstance(value, float) and value.is_integer():  # a table's column of integers with a gap
+        value = int(value)
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value.strip()) and value.strip() not in choices:  # in CSV
+        value = int(value)
     if type(value) is int and not published:
         named = choices[value] if 0 <= value < len(choices) else None
         if counted or str(value) not in choices:
@@ -227,9 +261,9 @@ def _answer(value, choices: list[str], spelled: list[str], published: bool, coun
     if published:
         return value
     found = re.fullmatch(r"\(?([A-Z])(?:[.):]+\s*(.*))?", text, re.DOTALL)
-    if not found or LETTERS.index(found[1]) >= len(choices):
+    if not found or found[1] not in letters[: len(choices)]:
         return value  # find_questions_in shows a choice that differs only in case or spaces
-    choice, rest = choices[LETTERS.index(found[1])], found[2]
+    choice, rest = choices[letters.index(found[1])], found[2]
     if rest:
         return choice if in_nfc(rest) == in_nfc(choice) else None
     others = [option for option in choices if option is not choice]

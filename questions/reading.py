@@ -11,7 +11,7 @@ from infra.files import kind_of_file
 from questions.fields import NAMES
 
 Placed = list[tuple[str, dict]]  # records with their place, for messages: "FILE, line 3"
-FORMATS = "one JSON list, one JSON object per line, or CSV with a header"
+FORMATS = "one JSON list, one JSON object per line, or CSV with a header (audio,question,choices,answer)"
 
 
 def require(found: tuple[list, list[str]]) -> list:
@@ -99,6 +99,8 @@ def _parse_json(text: str):
 def _csv_delimiter(text: str) -> str | None:
     """Return the delimiter if the first line is a CSV header with a field of a clip, else None."""
     header = text.lstrip().partition("\n")[0]
+    if header.startswith(("{", "[")):
+        return None
     for delimiter in ",;\t":
         names = [name.strip().strip('"') for name in header.split(delimiter)]
         if len(names) > 1 and set(names) & set(NAMES["clip"]):
@@ -108,15 +110,19 @@ def _csv_delimiter(text: str) -> str | None:
 
 def _csv_records(path: str, text: str, delimiter: str) -> tuple[Placed, list[str]]:
     """Read rows as records of texts. An empty cell is an absent field."""
-    rows = csv.reader(io.StringIO(text), delimiter=delimiter)
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     values, problems = [], []
     try:
         names = [name.strip() for name in next(filter(None, rows))]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{path}, line {rows.line_num}: has the field {twice[0]!r} twice; rename one")
         end = rows.line_num
         for row in rows:
             place, end = f"{path}, line {end + 1}", rows.line_num  # a cell may have several lines
-            if len(row) > len(names):
-                problems.append(f"{place}: has {len(row)} cells, but the header has {len(names)}; quote the cells")
+            if row and len(row) != len(names):
+                problems.append(
+                    f"{place}: has {len(row)} cells, but the header has {len(names)}; quote cells with commas"
+                )
             elif any(row):
                 values.append((place, {name: cell for name, cell in zip(names, row) if cell}))
     except csv.Error as error:

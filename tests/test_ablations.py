@@ -274,3 +274,16 @@ def test_questions_that_need_their_sound(tmp_path):
     records[2]["right_with_audio"] = "the left one"
     with pytest.raises(InputError, match="^q, line 2: has the field 'right_with_audio', .*; rename the field$"):
         ablations.check_needs_audio(records, questions)
+
+
+def test_all_right_answers_of_an_open_question_are_written(tmp_path):
+    """The rows with the other answers may be left out. Without questions, no file is written."""
+    question = Question("0", "a.wav", "What?", [], "dog", also=["hound"])
+    said = {name: [{"model_prediction": text}] for name, text in
+            (("plain", "hound"), (ablations.SILENCE, "cat"), (ablations.OTHER_CLIP, "cat"))}  # fmt: skip
+    record, path = {"audio": "a.wav", "question": "What?", "answer": "dog"}, tmp_path / "q.jsonl"
+    ablations.write_needs_audio(str(path), [record], [question], said, "")
+    assert json.loads(path.read_text()) == record | {"answer": ["dog", "hound"], "right_with_audio": True}
+    path.unlink()
+    line = ablations.write_needs_audio(str(path), [record], [question], said | {ablations.SILENCE: said["plain"]}, "")
+    assert line.startswith("0 of 1 questions") and not path.exists()

@@ -53,7 +53,7 @@ QUESTION_FILES = {
     "duplicate ids": (changed(PLAIN, id=7) + "\n" + changed(PLAIN, id=7), LINE + "has the id '7', the same as"),
     "index out of range": (f"{GOOD}\n{changed(R1_AQA, answer=2)}", LINE + "answer 2 names none of the choices"),
     "index is a boolean": (f"{GOOD}\n{changed(R1_AQA, answer=True)}", LINE + "answer True names none of the choices"),
-    "index is a float": (f"{GOOD}\n{changed(R1_AQA, answer=1.0)}", LINE + "answer 1.0 names none of the choices"),
+    "index is a float": (f"{GOOD}\n{changed(R1_AQA, answer=0.5)}", LINE + "answer 0.5 names none of the choices"),
     "choices are a text": (f"{GOOD}\n{changed(PLAIN, choices='rain')}", LINE + "choices must be a list"),
     "an open question without an answer": (
         f"{GOOD}\n{changed(PLAIN, choices=[], answer=None)}",
@@ -61,7 +61,7 @@ QUESTION_FILES = {
     ),
     "several clips and no other question": (
         changed(PLAIN, audio_path=["a.wav", "b.wav"], audio=None),
-        "has several clips",
+        "left out: several clips",
     ),
     "a cell too many": ("audio,question,answer\ngood.wav,What, or who?,rain", LINE + "has 4 cells"),
     "a letter that may be a note": (

@@ -15,7 +15,8 @@ MMSU = {"id": "s", "audio_path": "s.wav", "question": "What?", "choice_a": "a do
 MMSU |= {"choice_c": "it's", "choice_d": "", "answer_gt": "a bell", "task_name": "pitch", "category": "Reasoning"}
 MMSU |= {"sub-category": "Linguistics", "sub-sub-category": "Semantics"}
 LETTERS = ["(A) a dog", "(B) a bell", "(C) it's"]
-HUB = {"category": ["Reasoning"], "audio_path": "clips/h.wav", "instruction": "What?", "choices": LETTERS, "answer": LETTERS[1], "task": "sound"}
+HUB = {"audio_path": "clips/h.wav", "instruction": "What?", "choices": LETTERS, "answer": LETTERS[1], "task": "sound"}
+HUB |= {"category": ["Reasoning"]}
 COPY = {"audio_path": "c.wav", "question": "What?\nOptions...", "question_only": "What?", "choices": "\n".join(LETTERS)}
 COPY |= {"answer": "(B) a bell", "domain": "sound", "task": "Pitch", "difficulty": "easy", "file_name": "other.wav"}
 PRO = {"id": "p", "audio_path": ["p.wav"], "question": "What?", "choices": CHOICES, "answer": "a bell"}
@@ -85,6 +86,9 @@ YEARS = ["1990", "2000", "2", "0"]
         (2, YEARS, "2"),
         (["a bell"], CHOICES, "a bell"),
         ("", CHOICES, None),
+        ("1", CHOICES, "a bell"),  # a cell of CSV
+        (1.0, CHOICES, "a bell"),  # a table's column of integers with a gap
+        ("B", ["Am7", "Cmaj7"], "Cmaj7"),
     ],
 )
 def test_answers(value, choices, right):
@@ -98,12 +102,14 @@ def test_answers(value, choices, right):
         ("A", KEYS),  # a letter, or the key of A
         ("C", ["D", "C#", "x", "y"]),
         ("B", ["x", "y", "B flat"]),
+        ("A", ["Cmaj7", "Am7"]),
         ("A", ["x", "A-flat"]),
         ("(B) a dog", CHOICES),  # letter and text contradict each other
         (0, YEARS),  # the first choice, or "0"
         (3, CHOICES),
         (True, CHOICES),
-        (1.0, CHOICES),
+        (1.5, CHOICES),
+        ("7", CHOICES),
         (["a dog", "a bell"], CHOICES),
         ({"text": "a bell"}, CHOICES),
     ],
@@ -152,7 +158,7 @@ def test_mmaus_own_file_is_read_as_it_was_published():
 
 def test_several_clips_and_open_questions_of_mmau_pro_are_left_out():
     for fields, reason in (({"audio_path": ["a.wav", "b.wav"]}, "several clips"), ({"choices": []}, "MMAU-Pro")):
-        with pytest.raises(LeftOut, match=f"here: .*{reason}"):
+        with pytest.raises(LeftOut, match=reason):
             read_fields(PRO | fields, "here", "")
     with pytest.raises(InputError, match="here: audio_path must be a text") as error:
         read_fields(PRO | {"audio_path": []}, "here", "")
@@ -165,6 +171,45 @@ def test_names_of_data_sets_stay_in_the_audio_folder(name, path):
     with pytest.raises(InputError, match=f"here: {name} .* leaves the audio folder"):
         read_fields({name: path, "question": "?", "choices": CHOICES, "answer": "a dog"}, "here", "")
     assert read_fields({"audio": path, "question": "?", "answer": "a dog"}, "here", "x")["audio"].endswith("a.wav")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"question": "Q in the video?\nChoices:\nA. dog\nB. cat"},
+        {"question": "Q in the video? Options: A. dog\nB. cat"},
+        {"question": "Q in the video?\nchoices:\n(A) dog (B) cat"},
+        {"question": "Q in the video?\nA. dog\nB. cat"},
+        {"question": "Q in the audio?", "A": "dog", "B": "cat"},
+        {"question": "Q in the audio?", "option_a": "dog", "option_b": "cat", "option_c": ""},
+        {"question": "Q in the audio?", "choice_A": "dog", "choice_B": "cat"},
+    ],
+)
+def test_choices_in_the_text_or_in_fields_of_their_own(fields):
+    for right in ("B", "cat", "B. cat"):
+        values = read_fields({"audio": "a.wav", "answer": right} | fields, "here", "")
+        assert values["question"] == "Q in the audio?" and values["choices"] == ["dog", "cat"]
+        assert values["answer"] == "cat" and values["spelled"] == []
+
+
+def test_letters_of_mmsu_are_those_of_the_fields():
+    record = {**MMSU, "choice_b": "", "choice_d": "a cat"}
+    for right in ("D", "D. a cat", "a cat"):
+        values = read_fields(record | {"answer_gt": right}, "here", "")
+        assert values["answer"] == "a cat" and values["spelled"] == ["A", "C", "D"]
+
+
+@pytest.mark.parametrize("right", ["B", "(B)", "B.", "B. cat"])
+def test_an_open_answer_is_no_letter_of_a_choice(right):
+    """The choices may have a name that is not known. A single letter may be a note."""
+    record = {"audio": "a.wav", "question": "Q?", "answer": right, "candidates": ["dog", "cat"]}
+    if right == "B":
+        assert read_fields(record, "here", "")["answer"] == "B"
+    else:
+        with pytest.raises(
+            InputError, match="here: answer .* is the letter of a choice, but the record has no choices"
+        ):
+            read_fields(record, "here", "")
 
 
 def question_of(tmp_path, record):
@@ -185,5 +230,7 @@ def test_a_prediction_that_names_no_choice(tmp_path):
     assert as_written(question_of(tmp_path, HUB), "a dog or a bell") == "a dog or a bell"
     assert as_written(question_of(tmp_path, MMSU), "a dog or a bell") == "A"
     assert as_written(question_of(tmp_path, MMSU | {"answer_gt": "a dog"}), "") == "B"
+    twice = HUB | {"choices": ["(A) x", "(B) y", "(C) x"], "answer": "(C) x"}  # equal choices are right together
+    assert as_written(question_of(tmp_path, twice), "x") == "(C) x"
     swapped = MMSU | {"choice_a": "B", "choice_b": "A", "answer_gt": "A"}  # choices that are letters themselves
     assert as_written(question_of(tmp_path, swapped), "A") == "B"

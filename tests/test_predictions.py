@@ -213,6 +213,21 @@ def test_totals_are_those_of_mmsus_script():
         assert f"{right / number:.4f}" == share
 
 
+@pytest.mark.parametrize("said, letter", [("B", "B"), ("B.", "B"), ("(B)", "B"), ("The answer is B.", "B"), ("A cat", "A"),
+                                          ("cat", ""), ("", ""), ("?", "")])  # fmt: skip
+def test_responses_of_other_programs_are_read_as_mmsus_script_does(tmp_path, said, letter):
+    record = json.loads((VECTORS / "mmsu_predictions.jsonl").read_text().splitlines()[0]) | {"response": said}
+    (tmp_path / "p.jsonl").write_text(json.dumps(record))
+    _, [predicted] = read_predictions(str(tmp_path / "p.jsonl"))
+    assert predicted == (record[f"choice_{letter.lower()}"] if letter else "")
+
+
+def test_answers_are_shared_among_the_rows_of_a_predictions_file(tmp_path):
+    rows = [{"audio": "a.wav", "question": "?", "answer": answer, "model_prediction": "no"} for answer in ("yes", "no")]
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    assert tallies(*read_predictions(str(tmp_path / "p.json"))) == {"all": (2, 2)}
+
+
 @pytest.mark.parametrize("name, script", [("mmar", mmar_script), ("mmsu", mmsu_script)])
 def test_what_is_written_gives_the_scripts_the_same_totals(tmp_path, name, script):
     """For right and wrong choices, other words, letters, several choices and nothing."""

@@ -36,6 +36,13 @@ def test_csv(tmp_path, delimiter, ending, quoting, name):
     assert second.audio == str(tmp_path / "é.wav") and second.id == f"{path}, line 5"
 
 
+def test_json_with_names_of_fields_as_values_is_no_csv(tmp_path):
+    record = {"audio": "x.wav", "question": "?", "choices": ["video", "audio"], "answer": "audio"}
+    for text in (json.dumps(record), f"[{json.dumps(record)}]"):
+        (tmp_path / "q.json").write_text(text)
+        assert load_questions(str(tmp_path / "q.json"))[0].answer == "audio"
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_a_json_cell_of_choices(tmp_path, as_list):
     choices = ["a, b", 'say "c"']
@@ -64,7 +71,10 @@ def test_any_of_several_answers_is_right(tmp_path):
         ("audio,question,answer\nx.wav,a,b,c,d\ny.wav,a,b", "line 2: has 5 cells, but the header has 3; quote"),
         ("audio,question,answer\n", "has no questions"),
         ('audio,question,answer\nx.wav,"' + "a" * 200_000 + '",b', "line 2: not valid CSV"),
-        ("name,question,answer\nx.wav,a,b", "line 1: not valid JSON"),
+        ("name,question,answer\nx.wav,a,b", "line 1: not valid JSON.*or CSV with a header"),
+        ("audio,question,answer\nx.wav,a\ny.wav,a,b", "line 2: has 2 cells"),
+        ('audio,question,answer\nx.wav,"a,b\ny.wav,c,d', "line 3: not valid CSV"),
+        ("audio,question,question\nx.wav,a,b", "line 1: has the field 'question' twice"),
         (b"PAR1\x00\xff", "is a parquet file; convert it with python prepare.py"),
     ],
 )
@@ -80,7 +90,8 @@ def test_left_out_questions_are_counted_and_named(tmp_path, capsys):
     (tmp_path / "q.json").write_text(json.dumps(records))
     assert len(load_questions(str(tmp_path / "q.json"))) == 1
     said = capsys.readouterr().out
-    assert "2 of 3 questions are left out" in said and "record 2: has several clips" in said and "record 3: " in said
+    assert "1 of 3 questions are left out: several clips\n" in said and "q.json, record 2\n" in said
+    assert "1 of 3 questions are left out: an open question of MMAU-Pro" in said and "q.json, record 3\n" in said
     (tmp_path / "q.json").write_text(json.dumps(records[1:]))
-    with pytest.raises(InputError, match="2 of 2 questions are left out"):
+    with pytest.raises(InputError, match="1 of 2 questions are left out: several clips"):
         load_questions(str(tmp_path / "q.json"))

@@ -210,7 +210,7 @@ def check_texts(name_or_path: str, questions: list[Question], template: str, max
     is, and MMAU's rule also accepts texts that are not exactly the answer.
     """
     if count := sum(not question.choices for question in questions):
-        print(f"{count} of {len(questions)} questions have no choices: an answer is right if its words are", flush=True)
+        print(f"{count} of {len(questions)} questions have no choices: their answers are compared by words", flush=True)
     processor = load_processor(name_or_path)
     added = processor.tokenizer.added_tokens_decoder.values()
     if problems := special_tokens_in(questions, [token.content for token in added if token.special]):
