@@ -1,11 +1,12 @@
 """Questions about audio: load question files, build prompts, share the questions among the ranks.
 
-A question file is a JSON list, JSON lines or CSV. Your own data has the fields audio, question, choices, answer. The
-files of MMAU, MMAR, MMSU, AVQA and others are read as they are: questions/fields.py has the names of their fields.
+A question file is a JSON list, JSON lines or CSV. Your own records have the fields audio, question, choices, answer.
+questions/fields.py has the field names of MMAU, MMAR, MMSU, AVQA and other data sets, whose files load as they are.
 """
 
 import hashlib
 import os
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from infra.audio import load_audio as load_audio  # part of this file's interfac
 from infra.errors import InputError, list_problems
 from questions.fields import LeftOut, present, read_fields, shown
 from questions.reading import Placed, find_records, require
-from reward import as_choice, in_nfc, mmau_match
+from reward import in_nfc
 
 AUDIO_TOKEN = "<|AUDIO|>"  # the chat markup puts the clip in its place
 
@@ -109,8 +110,8 @@ def find_questions(path: str, audio_dir: str | None = None) -> tuple[list[Questi
 def find_questions_in(records: Placed, folder: str) -> tuple[list[Question], list[str]]:
     """Parse records of find_records, with audio paths relative to `folder`. List a problem for each unusable record.
 
-    Leaves out questions that this project cannot ask (several clips), and prints how many. Raises InputError if these
-    are all.
+    Leaves out questions about several clips and MMAU-Pro's open questions, and prints how many and which. Raises
+    InputError if no other question is in the file.
     """
     questions, problems, places = [], [], {}  # places: id -> place
     left_out: dict[str, list[str]] = {}  # reason -> places
@@ -133,29 +134,32 @@ def find_questions_in(records: Placed, folder: str) -> tuple[list[Question], lis
             problems.append(f"{place}: answer {answer} is not among the choices {choices}{_almost(question)}")
             continue
         questions.append(question)
-    for why, own in left_out.items():
-        text = list_problems(own, f"{len(own)} of {len(records)} questions are left out: {why}")
-        if not questions and not problems:
-            raise InputError(text)
-        print(text, flush=True)
+    texts = [
+        list_problems(own, f"{len(own)} of {len(records)} questions are left out: {why}")
+        for why, own in left_out.items()
+    ]
+    if texts and not questions and not problems:
+        raise InputError("\n".join(texts))
+    print(*texts, sep="\n", end="\n" if texts else "", flush=True)
     return questions, problems
 
 
 def share_answers(questions: list[Question]) -> list[Question]:
-    """Let open questions with the same clip and text share their answers. Clotho-AQA asks each question three times."""
-    answers: dict[tuple, list[str]] = {}
-    for q in questions:
-        if not q.choices and q.answer is not None:
-            answers.setdefault((q.audio, q.question), []).extend([q.answer, *q.also])
-    shared = []
-    for q in questions:
-        others = [answer for answer in dict.fromkeys(answers.get((q.audio, q.question), [])) if answer != q.answer]
-        shared.append(q if q.choices or q.answer is None else replace(q, also=others))
-    return shared
+    """Give open questions with the same clip and text each other's answers, as `also`. Returns the same questions.
+
+    Clotho-AQA asks each question three times, with the answers of three people.
+    """
+    opened = [q for q in questions if not q.choices and q.answer is not None]
+    answers = defaultdict(list)
+    for q in opened:
+        answers[q.audio, q.question] += [q.answer, *q.also]
+    for q in opened:
+        q.also = [answer for answer in dict.fromkeys(answers[q.audio, q.question]) if answer != q.answer]
+    return questions
 
 
 def answer_is_a_choice(question: Question) -> bool:
-    """Tell whether the answer is one of the choices, compared in NFC, or the question is open. Needs an answer."""
+    """Tell whether the answer is one of the choices, compared in NFC. True for open questions. Needs an answer."""
     return not question.choices or in_nfc(question.known_answer) in map(in_nfc, question.choices)
 
 
@@ -168,14 +172,13 @@ def _almost(question: Question) -> str:
 
 def digest(questions: list[Question]) -> str:
     """Return a hash of the questions, the names of their clips, their choices, answers and order."""
-    content = [
-        (q.question, os.path.basename(q.audio), q.choices, q.answer, *([q.also] if q.also else [])) for q in questions
-    ]
+    # `also` only if there is any: the digest of other questions is the same as in older run folders.
+    content = [(q.question, os.path.basename(q.audio), q.choices, q.answer, *filter(None, [q.also])) for q in questions]
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def parse_record(record: dict, place: str, folder: str) -> Question:
-    """Parse one record of any format. Relative audio paths start from `folder`. Raises InputError."""
+    """Parse one record of any format. Relative audio paths start from `folder`. Raises InputError, LeftOut."""
     values = read_fields(record, place, folder)
     values["audio"] = os.path.normpath(values["audio"])
     own = present(record)
@@ -192,29 +195,6 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
         fault = f"the system's encoding of file names, {error.encoding}, lacks characters of {shown(parsed.audio)}"
         raise InputError(f"{place}: {fault}; set PYTHONUTF8=1") from None
     return parsed
-
-
-# ---- predictions as the file spells them ----
-
-
-def as_written(question: Question, prediction: str) -> str:
-    """Return a prediction as the benchmark's own script reads it: as the file spells the choice that it names.
-
-    MMAU's rule decides which choice it names if it equals none. For MMSU, whose script reads a letter and would not
-    count other texts, a prediction that names no choice becomes the letter of a wrong one.
-    """
-    if not question.spelled:
-        return prediction
-    for texts in (question.choices, question.spelled):
-        if (text := as_choice(prediction, texts)) in texts:
-            return question.spelled[texts.index(text)]
-    named = [i for i, c in enumerate(question.choices) if mmau_match(c, prediction, question.choices)]
-    if len(named) == 1:
-        return question.spelled[named[0]]
-    if question.answer is not None and all(len(text) == 1 for text in question.spelled):
-        wrong = (s for s, c in zip(question.spelled, question.choices) if in_nfc(c) != in_nfc(question.answer))
-        return next(wrong, "")
-    return prediction
 
 
 # ---- which questions a rank trains on ----

@@ -6,9 +6,8 @@
     python eval_mmau.py --ckpt ADAPTER --merge OUT        merge a LoRA adapter into its base and save the model
 
 Decodes greedily and scores each completion's answer by MMAU's rule. The predictions file holds the question file's own
-records. Each has the answer as `model_prediction` and as `model_output`, because versions of MMAU's evaluation.py read
-one or the other, and the whole text as `completion`. Whether an answer is right is not stored but computed from the
-predictions.
+records. Each has the whole text as `completion`, and the answer under the keys that the scripts of MMAU, MMAR and MMSU
+read (predictions.ADDED). Whether an answer is right is not stored but computed from the predictions.
 """
 
 import argparse
@@ -110,7 +109,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("ablations", "plain and each of the three changes above, in one table", action="store_true")
     add("write_needs_audio", "with --ablations: write the questions that are wrong with silence and with another "
         "clip, as a question file for training", metavar="FILE")  # fmt: skip
-    add("orders", "score K >= 2 orders of the choices: mean, deviation, how often the answer stays", type=int,
+    add("orders", "ask with K >= 2 orders of the choices: mean, deviation, share of unchanged answers", type=int,
         metavar="K")  # fmt: skip
     add("samples", "sample K >= 2 completions a question; the prediction is their majority vote", type=int, metavar="K")
     add("temperature", "temperature of --samples [1.0]", type=float)
@@ -230,7 +229,7 @@ def read_data(path: str, audio_dir: str | None, limit: int | None) -> tuple[list
         )
     placed = require(find_records(path))
     questions = share_answers(require(find_questions_in(placed, audio_dir or os.path.dirname(path)))[:limit])
-    asked = {question.place for question in questions}  # some questions may be left out
+    asked = {question.place for question in questions}  # find_questions_in may leave out some
     records = require(without_answers([(place, record) for place, record in placed if place in asked]))
     if any(isinstance(record.get("audio_path"), list) for record in records):
         print("questions of MMAU-Pro: the scores are by MMAU's rule, not by MMAU-Pro's own scorer")

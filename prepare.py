@@ -3,9 +3,9 @@
     hf download gijs/avqa-processed --repo-type dataset --local-dir data/avqa-processed
     python prepare.py data/avqa-processed --split train --out data/avqa-hub
 
-Clips are written as they are to DIR/clips/. DIR/questions.jsonl has all other columns, and the clip as `audio_path`. It
-appears when everything is complete. After an interruption, the same command reads the parquet files again and writes
-only the missing clips. The package pyarrow reads the files (pip install pyarrow).
+Clips are written as they are to DIR/clips/. DIR/questions.jsonl has all columns that hold no files, and the clip as
+`audio_path`. It appears when everything is complete. After an interruption, the same command reads the parquet files
+again and writes only the missing clips. The package pyarrow reads the files (pip install pyarrow).
 """
 
 import argparse
@@ -31,6 +31,7 @@ from infra.files import UNFINISHED, check_folder, free_bytes, replacing, write_t
 from infra.flags import Parser
 from infra.ownership import OWNER, owning
 from questions.clips import leaves_folder
+from questions.fields import LeftOut
 
 try:
     import pyarrow
@@ -93,7 +94,7 @@ def sound_column(schema: Any) -> str | None:
 
 
 def survey(path: Path) -> tuple[int, int]:
-    """Return the number of rows of a parquet file and the bytes of its clips, about. Raises InputError."""
+    """Return a parquet file's number of rows and the approximate size of its clips in bytes. Raises InputError."""
     with opened(path) as file:
         rows, sound, columns = file.metadata.num_rows, sound_column(file.schema_arrow), file.schema_arrow.names
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
@@ -118,10 +119,6 @@ def read_rows(path: Path) -> Iterator[tuple[dict, Any]]:
 
 
 # ---- records ----
-
-
-class LeftOut(Exception):
-    """The reason why a row is left out."""
 
 
 def with_attributes(row: dict) -> dict:
@@ -184,7 +181,7 @@ def safe_name(name: str, content: bytes) -> str:
 
 
 def write_clip(folder: Path, name: str, content: bytes, digests: dict[str, bytes]) -> str:
-    """Write a clip unless it is there. Returns its name, another one if a different clip has `name`.
+    """Write a clip unless it is there. Returns its name, which differs from `name` if another clip has that name.
 
     digests: of the clips so far, by name. Equal clips of one name are one file.
     """
@@ -204,11 +201,15 @@ def write_clip(folder: Path, name: str, content: bytes, digests: dict[str, bytes
 
 
 def prepare(files: list[Path], out: Path, identity: str) -> str:
-    """Write the clips and the question file to a folder. Returns a summary. identity: of files. Raises InputError."""
+    """Write the clips and the question file to a folder. Returns a summary. Raises InputError.
+
+    identity: names, sizes and times of the files, for source.json.
+    """
     surveys, clips = [survey(path) for path in files], out / "clips"
     needed = sum(size for _, size in surveys) - sum(clip.stat().st_size for clip in clips.glob("*"))
     if needed > free_bytes(out):
-        raise InputError(f"{out}: the clips take {needed / 1e9:.2f} GB, but {free_bytes(out) / 1e9:.2f} GB are free")
+        free = f"{free_bytes(out) / 1e9:.2f} GB are free; name another disk with --out, or free some space"
+        raise InputError(f"{out}: the clips take {needed / 1e9:.2f} GB, but {free}")
     write_text(out / SOURCE, identity)
     clips.mkdir(exist_ok=True)
     digests, left_out, count = {}, defaultdict(list), 0
@@ -230,7 +231,7 @@ def prepare(files: list[Path], out: Path, identity: str) -> str:
                 bar.update()
         reasons = [list_problems(rows, f"{len(rows)} left out: {reason}") for reason, rows in left_out.items()]
         if not count:
-            raise InputError("\n".join([f"{out}: no question is left", *reasons]))
+            raise InputError("\n".join([f"{out}: no row has a usable clip", *reasons]))
         os.sync()  # after a power failure, a question file without its clips would look complete
     return "\n".join([f"{count} questions, {len(digests)} clips", *reasons])
 

@@ -3,6 +3,7 @@
 Plain functions of strings, no torch. REWARDS is the table of rewards: a function and an entry add another one. The two
 rewards are those of the paper (arXiv 2503.11197, section 2.2). `mmau_match` is the scoring rule of the MMAU benchmark
 (arXiv 2410.19168). Training rewards an exact answer; evaluations score by MMAU's rule, which forgives other words.
+`open_match` compares answers to questions without choices, in training and in evaluations.
 """
 
 import re
@@ -127,7 +128,7 @@ def open_match(answers: Sequence[str], prediction: str) -> bool:
 
 
 def _open_words(text: str) -> list[str]:
-    """Return the words of an open answer, normalized; its articles, if it has no other words."""
+    """Return the normalized words of an open answer, without its articles unless it has no other words."""
     around = "\"'“”‘’«»()[]¿¡"
     words = [word.lstrip(around).rstrip(around + ".,;:!?…。，！？") for word in in_nfc(text).casefold().split()]
     return [word for word in words if word and word not in ("a", "an", "the")] or words

@@ -1,6 +1,6 @@
-"""Change the questions to test whether a model listens: silence, another question's clip, choices in another order.
+"""Test whether a model listens: silence, another question's clip, choices in another order.
 
-The tables of these tests are here too, and the selection of questions that need their sound.
+Changes the questions, formats the tables of these tests, and selects the questions that need their sound.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from infra.errors import InputError
 from infra.files import write_text
 from infra.processes import SharedInputError
 
-SILENCE, OTHER_CLIP = "silence", "another question's audio"  # the ablations without a question's sound
+SILENCE, OTHER_CLIP = "silence", "another question's audio"  # names of the ablations without the question's own sound
 RIGHT_WITH_AUDIO = "right_with_audio"  # the field that write_needs_audio adds
 
 # ---- changed questions ----
@@ -109,8 +109,8 @@ def listening(plain: list[bool], silent: list[bool], other: list[bool]) -> tuple
 
     plain, silent, other: whether each question is right in each of the three evaluations. S is near 0 if the model
     answers from the text alone (arXiv 2509.21060 measures accuracy with silence), and at most 1. The interval is a 95%
-    percentile bootstrap over questions. A question adds -1, -0.5, 0, 0.5 or 1 to S, so a resample of the questions is
-    a draw of how often each of these values occurs.
+    percentile bootstrap over questions with 10,000 resamples. A question adds -1, -0.5, 0, 0.5 or 1 to S. To resample
+    the questions is therefore to draw the counts of these five values from a multinomial distribution.
     """
     gains = np.array(plain, float) - (np.array(silent, float) + np.array(other, float)) / 2
     values, counts = np.unique(gains, return_counts=True)
@@ -123,7 +123,7 @@ def ablation_table(questions: list[Question], correct_by_name: dict[str, list[bo
     """Format the accuracy of the ablations, in total and by task, each compared with the plain evaluation.
 
     correct_by_name: for each of `variants`, whether each question is right. Differences and S (see listening) are in
-    percentage points; p is that of McNemar's exact test.
+    percentage points. p is from McNemar's exact test.
     """
     plain = correct_by_name["plain"]
     rows: list[tuple[str, ...]] = [("", "accuracy", "95% interval", "right", "difference", "p")]
@@ -148,7 +148,7 @@ def orders_table(questions: list[Question], correct: list[list[bool]], same: lis
     """Format accuracy over several orders of the choices, in total and by task (arXiv 2510.04584).
 
     correct: for each order, whether each question is right. same: whether a question's answer is the same in all
-    orders. The deviation is that of the orders' accuracies; it divides by their number minus 1.
+    orders. The deviation of the K accuracies divides by K - 1.
     """
     columns = [(f"{len(correct)} orders of the choices", "mean accuracy", "deviation", "same answer in all orders")]
     for group, indices in task_groups(questions).items():
@@ -175,10 +175,10 @@ def write_needs_audio(
 ) -> str:
     """Write the questions that are wrong both with silence and with another clip, as a question file for training.
 
-    records: those of the question file. predicted: the records of the ablations' predictions files. folder: where
-    relative audio paths start. RIGHT_WITH_AUDIO tells whether the plain answer is right. Questions without an answer or
-    without a usable clip are left out. Exact comparison decides where MMAU's rule cannot tell the choices apart.
-    Returns what was written, and the flags to train with.
+    records: of the question file. predicted: name of the evaluation -> records of its predictions file. folder: where
+    relative audio paths start. RIGHT_WITH_AUDIO tells whether the plain answer is right. Leaves out questions without
+    an answer or without a usable clip. If MMAU's rule cannot tell the choices apart, exact comparison decides. Writes
+    no file if there are no such questions. Returns how many there are, and the flags to train with.
     """
 
     def right(name: str, i: int) -> bool:

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from data import Question, as_written
-from evaluation.scores import majority_vote
+from data import Question
+from evaluation.scores import as_written, majority_vote
 from infra.errors import InputError
 from infra.files import check_folder, set_aside, write_text, writing
 from infra.ownership import require_ownership
@@ -99,7 +99,7 @@ def identify_checkpoint(checkpoint: str) -> list:
 def is_done(out: str, settings: dict) -> bool:
     """Tell whether `out` holds predictions with these settings, unchanged since they were written."""
     saved = saved_settings(out)
-    saved.pop("question_file", None)  # saved again, a file has another hash and the same records
+    saved.pop("question_file", None)  # a question file may be saved again with the same records
     try:
         return saved == as_saved(settings, Path(out).read_bytes())
     except OSError:
@@ -131,8 +131,8 @@ def as_saved(settings: dict, predictions: bytes) -> dict:
 def write_predictions(out: str, records: list[dict], settings: dict, question_file: dict | None = None) -> None:
     """Write a predictions file and its settings, and remove its journal. Raises InputError.
 
-    question_file: from versions.identify_file, stored with the settings.
-    An existing file with other settings, or changed since it was written, is kept as .old, .old_2, ...
+    question_file: the result of versions.identify_file, to be stored with the settings. An existing file with other
+    settings, or changed since it was written, is kept as .old, .old_2, ...
     """
     if os.path.exists(out) and not is_done(out, settings):
         aside = set_aside(Path(out))

@@ -17,18 +17,17 @@ from evaluation.scores import (
     accuracy_rows,
     accuracy_table,
     align,
-    discordant,
+    best_step,
     exact_figures,
     guessing,
     in_order,
     is_right,
-    mcnemar_exact,
-    p_text,
     percent,
     read_predictions,
     require_same_questions,
     samples_table,
     score_cells,
+    step_name,
     visible,
     wilson_interval,
 )
@@ -111,7 +110,7 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         except InputError as error:
             raise InputError(f"{error}; remove the outdated file and evaluate again") from None
         correct[step] = [is_right(first[i], predicted[i]) for i in scored]
-        said[_name(step)] = [predicted[i] for i in scored]
+        said[step_name(step)] = [predicted[i] for i in scored]
 
     caption = visible(caption)
     found = {question.task for question in questions} - {None}
@@ -121,39 +120,16 @@ def run_report(folder: str, results: list[tuple[int, str]], caption: str) -> str
         by_task = accuracy_by(questions, rights, "task")
         average, interval, counts = score_cells(Score(sum(rights), len(rights)))
         cells = [percent(*by_task.get(task, Score(0, 0))) for task in tasks]
-        rows.append((_name(step), *cells, average, interval, counts))
+        rows.append((step_name(step), *cells, average, interval, counts))
     chance = guessing(questions)
-    conclusions = [*_best(correct), f"guessing would score {percent(chance, 1)}"]
+    conclusions = [*best_step(correct), f"guessing would score {percent(chance, 1)}"]
     conclusions += exact_figures(questions, said) or [ALL_APART] * any(q.choices for q in questions)
-    conclusions += name_files({_name(step): path for step, path in results})
+    conclusions += name_files({step_name(step): path for step, path in results})
 
     write_text(Path(folder, "mmau_scores.md"), _markdown(caption, rows, conclusions))
     write_text(Path(folder, "mmau_scores.csv"), _csv(questions, correct, tasks))
     _draw(Path(folder, "mmau_scores.png"), caption, questions, correct, chance)
     return "\n".join([caption, align(rows, right=range(1, len(rows[0]))), *conclusions])
-
-
-def _name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def _best(correct: dict[int, list[bool]]) -> list[str]:
-    """Return a line that names the best checkpoint, and a warning if other checkpoints may be as good."""
-    best = max(correct, key=lambda step: (sum(correct[step]), -step))  # the earliest if several are equally good
-    rights = correct[best]
-    lines = [f"best: {_name(best)} with {percent(sum(rights), len(rights))}"]
-    ps = {}
-    for step in correct:
-        if step != best:
-            ps[step] = mcnemar_exact(*discordant(rights, correct[step]))
-    close = [f"{_name(step)} (p = {p_text(p)})" for step, p in ps.items() if p >= 0.05]
-    if close:
-        lines.append(
-            f"warning: its lead, if any, may be luck; {len(close)} of the {len(ps)} other checkpoints do not differ "
-            f"significantly from it on these {len(rights)} questions (McNemar's exact test, p >= 0.05): "
-            f"{', '.join(close)}"
-        )
-    return lines
 
 
 def escape_markdown(text: str) -> str:

@@ -1,7 +1,8 @@
 """Score predictions: accuracy, intervals, significance tests.
 
-Plain functions on plain lists. MMAU's rule (reward.mmau_match) decides whether a prediction is right. The verdict is
-never stored: it is computed again from the predictions file. A question whose answer is withheld is never scored.
+Plain functions on plain lists. MMAU's rule (reward.mmau_match) decides whether a prediction is right; reward.open_match
+does for questions without choices. The verdict is never stored: it is computed again from the predictions file. A
+question whose answer is withheld is never scored.
 
 The rule compares sets of words, so it cannot tell "+" from "-", or "A, then B" from "B, then A". If a file has
 questions with such choices, a second accuracy uses exact comparison for them. Held-out questions in training are not a
@@ -14,11 +15,11 @@ import re
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
 
-from data import Question, answer_is_a_choice, as_written, parse_record, share_answers
+from data import Question, answer_is_a_choice, parse_record, share_answers
 from infra.errors import InputError, list_names
 from questions.fields import present
 from questions.reading import find_records, require
-from reward import format_reward, in_nfc, mmau_match, open_match, prediction
+from reward import as_choice, in_nfc, mmau_match, open_match
 
 Score = namedtuple("Score", "correct total")
 ALL_APART = "MMAU's rule can tell the choices of all questions apart"
@@ -97,10 +98,30 @@ def deviation(values: Sequence[float]) -> float:
 # ---- predictions files ----
 
 
+def as_written(question: Question, prediction: str) -> str:
+    """Return a prediction for the benchmark's own script: the choice that it names, as the file spells this choice.
+
+    If the prediction equals no choice, MMAU's rule decides which one it names. A prediction that names no choice stays
+    as it is. MMSU's script does not count such texts: here they become the letter of a wrong choice.
+    """
+    if not question.spelled:
+        return prediction
+    for texts in (question.choices, question.spelled):
+        if (text := as_choice(prediction, texts)) in texts:
+            return question.spelled[texts.index(text)]
+    named = [i for i, c in enumerate(question.choices) if mmau_match(c, prediction, question.choices)]
+    if len(named) == 1:
+        return question.spelled[named[0]]
+    if question.answer is not None and all(len(text) == 1 for text in question.spelled):
+        wrong = (s for s, c in zip(question.spelled, question.choices) if in_nfc(c) != in_nfc(question.answer))
+        return next(wrong, "")
+    return prediction
+
+
 def is_right(question: Question, prediction: str) -> bool:
     """Apply MMAU's rule to a prediction, or open_match if there are no choices. The question must have an answer.
 
-    If the file spells the choices with letters, the rule compares these texts, as the benchmark's own script does.
+    If the file's choices have letters, the rule compares them with their letters, as the benchmark's own script does.
     """
     if not question.choices:
         return open_match([question.known_answer, *question.also], prediction)
@@ -129,7 +150,7 @@ def _is_answer(question: Question, text: str) -> bool:
 def guessing(questions: list[Question], right: Callable[[Question, str], bool] = is_right) -> float:
     """Return the expected accuracy of guessing: the share of right choices of a question, averaged over questions.
 
-    It is 0 for an open question.
+    Nobody guesses the answer of an open question: its share is 0.
     """
     shares = [sum(right(q, choice) for choice in q.choices) / max(1, len(q.choices)) for q in questions]
     return sum(shares) / len(shares)
@@ -210,13 +231,13 @@ def in_order(values) -> list[str]:
 
 
 def accuracy_rows(questions: list[Question], correct: list[bool]) -> list[tuple[str, str, Score]]:
-    """Return (field, value, score) in total ("all", "") and for each task, difficulty and sub-category."""
+    """Return (field, value, score) in total ("all", "") and for each value of each of FIELDS."""
     rows = [("all", "", Score(sum(correct), len(correct)))]
     return rows + [(f, value, score) for f in FIELDS for value, score in accuracy_by(questions, correct, f).items()]
 
 
 def accuracy_table(questions: list[Question], correct: list[bool]) -> str:
-    """Format accuracy, 95% interval and counts, in total and by task, difficulty and sub-category."""
+    """Format accuracy, 95% interval and counts, in total and by each of FIELDS."""
     rows = [(field, value, *score_cells(score)) for field, value, score in accuracy_rows(questions, correct)]
     return align([("", "", "accuracy", "95% interval", "right"), *rows], right=(2, 3, 4))
 
@@ -286,7 +307,33 @@ def compare(path_a: str, path_b: str) -> str:
     return "\n".join(lines)
 
 
+def best_step(correct: dict[int, list[bool]]) -> list[str]:
+    """Return a line that names the best step, and a warning if other steps may be as good.
+
+    correct: for each step, whether each question is right.
+    """
+    best = max(correct, key=lambda step: (sum(correct[step]), -step))  # the earliest if several are equally good
+    rights = correct[best]
+    lines = [f"best: {step_name(best)} with {percent(sum(rights), len(rights))}"]
+    ps = {}
+    for step in correct:
+        if step != best:
+            ps[step] = mcnemar_exact(*discordant(rights, correct[step]))
+    close = [f"{step_name(step)} (p = {p_text(p)})" for step, p in ps.items() if p >= 0.05]
+    if close:
+        lines.append(
+            f"warning: its lead, if any, may be luck; {len(close)} of the {len(ps)} others do not differ "
+            f"significantly from it on these {len(rights)} questions (McNemar's exact test, p >= 0.05): "
+            f"{', '.join(close)}"
+        )
+    return lines
+
+
 # ---- text ----
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def percent(part: float, whole: float) -> str:
@@ -336,24 +383,3 @@ def task_groups(questions: list[Question]) -> dict[str, list[int]]:
     tasks = in_order({question.task for question in questions if question.task is not None})
     groups = {task: [i for i, question in enumerate(questions) if question.task == task] for task in tasks}
     return {"all": list(range(len(questions))), **groups}
-
-
-# ---- held-out questions ----
-
-
-def score_answers(questions: list[Question], answers: list[list[str]], template: str) -> tuple[float, float]:
-    """Return accuracy by is_right_exactly, and the share of well-formed completions. answers: one for each question."""
-    pairs = [(question, completion) for question, (completion,) in zip(questions, answers)]
-    correct = sum(is_right_exactly(question, prediction(text, question.choices)) for question, text in pairs)
-    format_ = sum(format_reward(completion, template) for _, completion in pairs)
-    return correct / len(pairs), format_ / len(pairs)
-
-
-def heldout_table(questions: list[Question], scores: dict[str, tuple[float, float]]) -> str:
-    """Format named scores of score_answers, and the score of guessing, as aligned lines."""
-    chance = guessing(questions, is_right_exactly)
-    lines = [f"{len(questions)} held-out questions, greedy   accuracy   format", f"  {'guessing':<30}  {chance:.3f}"]
-    lines += [f"  {name:<30}  {accuracy:.3f}      {format_:.3f}" for name, (accuracy, format_) in scores.items()]
-    if line := not_apart(questions):
-        lines.append(f"{line}; exact comparison decides these")
-    return "\n".join(lines)

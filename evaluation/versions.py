@@ -34,8 +34,8 @@ VERSIONS = {
 def identify_file(path: str, records: list[dict]) -> dict[str, str]:
     """Return a question file's `sha256` and, if its records are MMAU's, its `version`.
 
-    records: those of the file; MMAU's have the field audio_id. A copy of a published file that differs in one byte, for
-    example in its line ends, is not a published version; nor is a predictions file with its records.
+    records: of the file. MMAU's have the field audio_id. A file that differs from a published one in a single byte, for
+    example in a line end, is not a published version. A predictions file is not one either.
     """
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -49,19 +49,19 @@ def identify_file(path: str, records: list[dict]) -> dict[str, str]:
 
 
 def describe(file: dict, digits: int = 64) -> str:
-    """Format what identify_file returned: `digits` digits of the hash and the version, if any."""
+    """Format the result of identify_file: the first `digits` digits of the hash, and the version if there is one."""
     version = f", {file['version']}" if "version" in file else ""
     return visible(f"sha256 {str(file.get('sha256'))[:digits]}{version}")
 
 
 def name_files(predictions: dict[str, str]) -> list[str]:
-    """Return a line that names the question file of predictions files. It warns if they come from different questions.
+    """Return a line that names the question file of predictions files, or warns if their questions or clips differ.
 
-    predictions: name -> path of a predictions file. Returns no line if the settings of one of them do not record its
-    question file: they are missing, or an earlier version of this code wrote them.
+    predictions: name -> path of a predictions file. Returns no line if the settings of one of these files are missing,
+    or if an earlier version of this code wrote them: they do not name the question file.
     """
-    names: dict[str, list[str]] = {}  # of the predictions files of each question file
-    contents = set()  # hashes of the questions and their clips
+    names: dict[str, list[str]] = {}  # question file -> names of its predictions files
+    contents = set()  # hashes of records and clips
     for name, path in predictions.items():
         saved = saved_settings(path)
         file = saved.get("question_file")

@@ -17,6 +17,7 @@ LIMITS = {
     "max_grad_norm": "(0, 1000000]",
     "seed": "[0, 4294967295]",
     "save_every": "[1, 10000000]",
+    "heldout_every": "[0, 10000000]",
     "save_state_every": "[1, 10000000]",
     "keep_last": "[0, 1000000]",
     "lora_rank": "[0, 8192]",

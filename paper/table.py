@@ -37,8 +37,8 @@ def results(finished: list[Job], toy: bool) -> dict:
             scores.is_right(question, text) for question, text in zip(questions, predictions, strict=True)
         ]
         said[str(job)] = predictions
-    tasks = {question.task for question in questions if question.task is not None} | set(TASKS)
-    columns = [*scores.in_order(tasks), "average"]
+    tasks = {question.task for question in questions if question.task is not None}
+    columns = [*scores.in_order(tasks | TASKS), "average"]
     rows = []
     for row in ROWS:
         seeds = {seed: _score(questions, own) for (name, seed), own in rights.items() if name == row.name}

@@ -1,11 +1,11 @@
-"""The fields of a record: the names that data sets give them, and how their values are read.
+"""Read the fields of a record: their names in each data set, and how their values become a question.
 
-NAMES has all names; the content of a record tells its data set. Read are, for example:
+NAMES lists the names. The fields of a record tell how to read it:
 
-    MMAU, MMAR      choices as a list, the answer as text
-    R1-AQA, AVQA    multi_choice, the answer as an index counted from 0; "video" in a question means the audio
+    MMAU, MMAR      choices are a list, the answer is a text
+    R1-AQA, AVQA    multi_choice; the answer is an index counted from 0; "video" in a question becomes "audio"
     MMSU            choice_a to choice_d
-    from the Hub    choices as "(A) a dog", answers as "(A) a dog", "A." or "A"; choices within the question's text
+    from the Hub    choices "(A) a dog", answers "(A) a dog", "A." or "A"; AVQA's choices are in the question's text
     Clotho-AQA      no choices: an open question, which may have several right answers
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.errors import InputError
 from questions.clips import avqa_clip_path, clip_path, leaves_folder
-from reward import as_choice, in_nfc
+from reward import in_nfc
 
 # For each field, the first name that a record has counts.
 NAMES = {
@@ -33,7 +33,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # A choice may have a field of its own: choice_a (MMSU), option_B, C. Predictions for MMSU are letters.
 LETTERED = r"(?:(?:choice|option)[_ ]?)?([A-Z])|(?:choice|option)[_ ]([a-z])"
 MMSU = "choice_a"
-# The answer "A" may be short for these choices: A, A minor, Am7, A# (not for "A dog").
+# What may follow the letter of a note or key. The answer "A" may mean "A minor", "Am7" or "A#", not "A dog".
 NOTE = r"\s*(?:$|[^\w\s]|(?:sharp|flat|major|minor|maj|min|m)\d*\b)"
 
 
@@ -42,14 +42,14 @@ class LeftOut(InputError):
 
 
 def present(record: dict) -> dict:
-    """Return the fields that a record has. Tables write null, or NaN, which differs from itself, for the others."""
+    """Return a record without its empty fields: null, and NaN, which differs from itself. Tables write these."""
     return {name: value for name, value in record.items() if value is not None and value == value}
 
 
 def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
     """Read a record as the fields of data.Question. Relative audio paths start from `folder`.
 
-    Raises LeftOut for questions about several clips and for open questions of MMAU-Pro, InputError for other records.
+    Raises LeftOut for questions about several clips and for MMAU-Pro's open questions, InputError for unusable records.
     """
     record = present(record)
     used = {field: next((name for name in names if name in record), "") for field, names in NAMES.items()}
@@ -62,30 +62,29 @@ def read_fields(record: dict, place: str, folder: str) -> dict[str, Any]:
     question = _text(record, used["question"], place)
     lettered = _lettered(record) if not used["choices"] else {}
     choices, spelled = _choices(record, used["choices"], lettered, place)
+    avqa = used["choices"] == "multi_choice"
     if not choices:
         question, choices = _choices_in(question)
         avqa = bool(choices)
-    else:
-        avqa = used["choices"] == "multi_choice"
-    if avqa:  # its questions are about videos
-        question = question.replace("video", "audio")  # as in the paper's code
+    if avqa:  # asks about videos; as in the paper's code
+        question = question.replace("video", "audio")
     audio = _clip(record, used["clip"], place, folder)
     if isinstance(record[used["clip"]], list) and not choices:
         raise LeftOut("an open question of MMAU-Pro, whose answers a model judges")
     answers = _answers(record, used["answer"], choices, spelled, list(lettered or LETTERS), place)
-    labels = {"task": used["task"], "difficulty": used["difficulty"]}
-    for field in ("category", "sub_category"):  # each name serves once
-        labels[field] = used[field] if used[field] not in labels.values() else ""
-    values = {field: _label(record[name]) for field, name in labels.items() if name}
-    if labels["task"] == "category" and labels["sub_category"]:  # MMSU counts sub-categories within a category
-        values["sub_category"] = f"{values['task']}: {values['sub_category']}"
-    if spelled and answers[0] is not None:  # choices that are equal are right together
-        right = record[used["answer"]]
-        if lettered or right not in spelled:
-            right = spelled[choices.index(as_choice(answers[0], choices))]
-        spelled = [right if in_nfc(choice) == in_nfc(answers[0]) else text for choice, text in zip(choices, spelled)]
+    alike = [i for i, choice in enumerate(choices) if in_nfc(choice) == in_nfc(answers[0] or "")]
+    if spelled and len(alike) > 1:  # choices that equal the answer are right together: spell them as the file's answer
+        own = record[used["answer"]]
+        right = own if own in spelled and not lettered else spelled[alike[0]]
+        spelled = [right if i in alike else text for i, text in enumerate(spelled)]
     return dict(
-        audio=audio, question=question, choices=choices, spelled=spelled, answer=answers[0], also=answers[1:], **values
+        audio=audio,
+        question=question,
+        choices=choices,
+        spelled=spelled,
+        answer=answers[0],
+        also=answers[1:],
+        **_labels(record, used),
     )
 
 
@@ -100,9 +99,19 @@ def _is_mmaus(record: dict) -> bool:
     return "audio_id" in record and "audio_path" not in record
 
 
-def _label(value) -> str:
-    """Return the text of a label. The Hub's copy of MMAU has a few lists of one, such as ["Reasoning"]."""
-    return str(value[0] if isinstance(value, list) and len(value) == 1 else value)
+def _labels(record: dict, used: dict[str, str]) -> dict[str, str]:
+    """Return a record's task, difficulty, category and sub-category, as far as it has them."""
+    labels = {"task": used["task"], "difficulty": used["difficulty"]}
+    for field in ("category", "sub_category"):  # one column gives one label
+        labels[field] = used[field] if used[field] not in labels.values() else ""
+    values = {}
+    for field, name in labels.items():
+        if name:
+            value = record[name]  # the Hub's copy of MMAU has a few lists of one, such as ["Reasoning"]
+            values[field] = str(value[0] if isinstance(value, list) and len(value) == 1 else value)
+    if labels["task"] == "category" and labels["sub_category"]:  # MMSU counts sub-categories within a category
+        values["sub_category"] = f"{values['task']}: {values['sub_category']}"
+    return values
 
 
 # ---- clip and question ----
@@ -133,7 +142,7 @@ def _text(record: dict, name: str, place: str) -> str:
 
 
 def _choices(record: dict, name: str, lettered: dict[str, Any], place: str) -> tuple[list[str], list[str]]:
-    """Return a record's choices without their letters, and as predictions files spell them: [] if that is the same.
+    """Return a record's choices without their letters, and their spelling in predictions files; [] if equal.
 
     lettered: choices that have fields of their own, by letter.
     """
@@ -158,9 +167,9 @@ def _choices_in(question: str) -> tuple[str, list[str]]:
     """Split a question whose text ends with its choices: "...\\nChoices:\\nA. a dog\\nB. a bell"."""
     start = re.search(r"(?:\s(?i:choices|options)\s*:\s*|\n\s*)(?=\(?A[.):])", question)
     choices = _split(question[start.end() :]) if start else []
-    return (
-        (question[: start.start()].strip(), choices) if start and len(choices) > 1 and all(choices) else (question, [])
-    )
+    if start and len(choices) > 1 and all(choices):
+        return question[: start.start()].strip(), choices
+    return question, []
 
 
 def _lettered(record: dict) -> dict[str, Any]:
@@ -211,7 +220,7 @@ def _without_letter(choice: str, letter: str) -> str | None:
 def _answers(
     record: dict, name: str, choices: list[str], spelled: list[str], letters: list[str], place: str
 ) -> list[Any]:
-    """Return the right answers, most often one: texts of choices, if there are choices. [None]: withheld."""
+    """Return the right answers: one of the choices, or all answers of an open question; [None] if withheld."""
     value = record.get(name, "")
     values = value if isinstance(value, list) and value else [value]
     if values == [""]:
@@ -220,7 +229,9 @@ def _answers(
         if not all(isinstance(answer, str) and answer.strip() for answer in values):
             raise InputError(f"{place}: {name} of an open question must be a text, or a list; found {shown(value)}")
         if any(re.fullmatch(r"\(?[A-Z][.):]+(?:\s.*)?", answer.strip()) for answer in values):
-            raise InputError(f"{place}: {name} {shown(value)} is the letter of a choice, but the record has no choices")
+            raise InputError(
+                f"{place}: {name} {shown(value)} is the letter of a choice, but there are no choices; add them"
+            )
         return list(dict.fromkeys(values))
     if len(values) > 1:
         raise InputError(f"{place}: {name} has several answers {shown(value)}; a question with choices needs one")
@@ -238,10 +249,10 @@ def _answers(
 def _answer(
     value, choices: list[str], spelled: list[str], letters: list[str], published: bool, counted: bool
 ) -> str | None:
-    """Return the choice that a value names as text, letter or index; None if it is none or may be several.
+    """Return the choice that a value names as text, letter or index; None if it names none or may name several.
 
-    letters: of the choices. published: only texts count, and a text that is no choice stays. counted: an integer is an
-    index, even if the choices are numbers.
+    letters: of the choices. published: accept only texts, and return a text that is no choice as it is. counted: an
+    integer is an index, even if the choices are numbers.
     """
     if isinstance(value, float) and value.is_integer():  # a table's column of integers with a gap
         value = int(value)

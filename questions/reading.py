@@ -25,7 +25,7 @@ def require(found: tuple[list, list[str]]) -> list:
 def find_records(path: str) -> tuple[Placed, list[str]]:
     """Read the records of a file as (place, record) in file order, and list a problem for each unusable one.
 
-    The content tells the format of the file. Raises InputError if no record is right.
+    The content tells the format of the file. Raises InputError if the file cannot be read or has no records.
     """
     text = _read_text(path)
     if delimiter := _csv_delimiter(text):
@@ -97,7 +97,7 @@ def _parse_json(text: str):
 
 
 def _csv_delimiter(text: str) -> str | None:
-    """Return the delimiter if the first line is a CSV header with a field of a clip, else None."""
+    """Return the delimiter if the first line is a CSV header with one of the names of a clip, else None."""
     header = text.lstrip().partition("\n")[0]
     if header.startswith(("{", "[")):
         return None
@@ -109,7 +109,7 @@ def _csv_delimiter(text: str) -> str | None:
 
 
 def _csv_records(path: str, text: str, delimiter: str) -> tuple[Placed, list[str]]:
-    """Read rows as records of texts. An empty cell is an absent field."""
+    """Read the rows as (place, record), and list a problem for each unusable row. An empty cell is an absent field."""
     rows = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     values, problems = [], []
     try:

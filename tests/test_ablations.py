@@ -238,7 +238,7 @@ def test_seeds_of_orders_are_all_different():
 
 
 def test_questions_that_need_their_sound(tmp_path):
-    """The verdicts are those of exact comparison where MMAU's rule cannot tell the choices apart."""
+    """If MMAU's rule cannot tell the choices apart, exact comparison decides."""
     signs, animals = ["+", "-"], ["dog", "cat"]
     cases = [  # choices, answer, predictions (plain, silence, another clip), the written field or None if left out
         (animals, "dog", "dog", "cat", "cat", True),

@@ -1,10 +1,11 @@
-"""The fields of every data set: clip, question, choices, answer, labels; and the predictions that go back into them."""
+"""The fields of every data set: clip, question, choices, answer, labels; predictions as each file spells them."""
 
 import json
 
 import pytest
 
-from data import as_written, build_prompt, load_questions
+from data import build_prompt, load_questions
+from evaluation.scores import as_written
 from infra.errors import InputError
 from questions.fields import LeftOut, read_fields
 
@@ -143,7 +144,7 @@ def test_an_index_of_avqa_is_an_index_whatever_the_choices():
     ],
 )
 def test_letters_of_choices(choices, bare):
-    """They are taken off if all choices have them, in order. The model does not see them."""
+    """If all choices have their letters, in order, the model sees the choices without them."""
     values = read_fields({"audio": "a.wav", "question": "?", "choices": choices, "answer": ""}, "here", "")
     assert values["choices"] == (bare or choices)
     assert values["spelled"] == (choices if bare and isinstance(choices, list) else [])
@@ -207,7 +208,7 @@ def test_an_open_answer_is_no_letter_of_a_choice(right):
         assert read_fields(record, "here", "")["answer"] == "B"
     else:
         with pytest.raises(
-            InputError, match="here: answer .* is the letter of a choice, but the record has no choices"
+            InputError, match="here: answer .* is the letter of a choice, but there are no choices; add them"
         ):
             read_fields(record, "here", "")
 
@@ -226,7 +227,7 @@ def test_predictions_are_written_as_the_file_spells_them(tmp_path, record, writt
 
 
 def test_a_prediction_that_names_no_choice(tmp_path):
-    """MMSU's script does not count other texts than letters, so the prediction becomes a wrong letter."""
+    """MMSU's script counts letters only, so the prediction becomes the letter of a wrong choice."""
     assert as_written(question_of(tmp_path, HUB), "a dog or a bell") == "a dog or a bell"
     assert as_written(question_of(tmp_path, MMSU), "a dog or a bell") == "A"
     assert as_written(question_of(tmp_path, MMSU | {"answer_gt": "a dog"}), "") == "B"

@@ -6,8 +6,10 @@ import math
 import matplotlib.figure
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from data import Question
+from evaluation.scores import wilson_interval
 from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
 
 # ---- lines ----
@@ -81,6 +83,20 @@ def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
     expected = [(step, sum(pair) / 2) for step, pair in enumerate(pairs, start=2) if None not in pair]
     assert [point for point in smooth if not math.isnan(point[1])] == expected
     assert [title for title, lines in drawn.items() if lines] == ["loss"]
+
+
+def test_heldout_scores_are_drawn_at_their_steps_with_an_interval(tmp_path, drawn):
+    for step, share in ((1, None), (2, 0.5), (3, None), (4, 1.0), (5, "damaged")):
+        scores = {"heldout_accuracy": share, "heldout_questions": 40} if share is not None else {}
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 1.0} | scores)
+    draw_curves(tmp_path)
+    assert drawn["held-out accuracy (greedy, 95% interval)"] == [[(2, 0.5), (4, 1.0)]]
+    with pytest.MonkeyPatch.context() as patch:
+        bands = []
+        patch.setattr(Axes, "fill_between", lambda axis, *ends, **_: bands.append(ends))
+        draw_curves(tmp_path)
+    [(steps, lows, highs)] = bands
+    assert steps == [2, 4] and list(zip(lows, highs)) == [wilson_interval(20, 40), wilson_interval(40, 40)]
 
 
 def test_no_picture_without_metrics(tmp_path):

@@ -226,7 +226,7 @@ def test_no_path_without_bytes_leaves_the_folder_of_the_source(run, tmp_path, ca
     (tmp_path / "source").mkdir()
     os.mkfifo(tmp_path / "source" / "pipe")
     paths = [str(tmp_path / "secret"), "../secret", "a/..\\..\\secret", "pipe", "a\0b", ".", "x" * 5000]
-    with pytest.raises(InputError, match="no question is left\n7 left out: no bytes"):
+    with pytest.raises(InputError, match="no row has a usable clip\n7 left out: no bytes"):
         run(write(tmp_path / "source" / "x.parquet", questions_of(*[{"bytes": None, "path": path} for path in paths])))
     assert names(tmp_path / "out" / "clips") == []
 
@@ -420,7 +420,7 @@ def test_damaged_files(run, tmp_path):
         try:
             run(source, out=tmp_path / str(i))
         except InputError as error:
-            assert str(error).startswith((f"{source}: ", f"{tmp_path / str(i)}: no question is left")), error
+            assert str(error).startswith((f"{source}: ", f"{tmp_path / str(i)}: no row has a usable clip")), error
             assert "questions.jsonl" not in names(tmp_path / str(i)) if (tmp_path / str(i)).exists() else True
             refusals += 1
     assert refusals > 5

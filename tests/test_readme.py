@@ -17,7 +17,7 @@ SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if p
 # Files that runs write, and files of other projects.
 WRITTEN = set("audio_headers.json adapter_config.json aqa.json config.json table.md table.png results.json".split())
 WRITTEN |= {"mmau_scores.md", "mmau_predictions.json", "mmau-test-mini.json", "train_qa.json", "evaluation.py"}
-WRITTEN |= {"scripts/chat_rl.py", "__init__.py", "owner.json"}
+WRITTEN |= {"scripts/chat_rl.py", "__init__.py", "owner.json", "metrics.jsonl", "curves.png"}
 MADE = {"runs/", "resume/", "earlier_1/", "earlier_2/"}
 
 

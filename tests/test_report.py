@@ -69,7 +69,7 @@ def test_run_report(tmp_path, drawn):
         ps[step] = mcnemar_exact(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
     assert ps[100] < 0.05 <= ps[1000]
     assert table[4] == f"best: step_000200 with {expected[1][4]}"
-    warning = "warning: its lead, if any, may be luck; 1 of the 2 other checkpoints do not differ significantly"
+    warning = "warning: its lead, if any, may be luck; 1 of the 2 others do not differ significantly"
     assert table[5].startswith(warning)
     assert table[5].endswith(f": step_001000 (p = {ps[1000]:.4f})") and "step_000100" not in table[5]
     assert table[6:] == ["guessing would score 33.33%", ALL_APART]
@@ -118,7 +118,7 @@ def test_a_clear_winner_has_no_warning(tmp_path):
 def test_of_equally_good_checkpoints_the_earliest_is_best(tmp_path):
     lines = report_lines(tmp_path, [0, 0, 1], [1, 1, 0], [0, 1, 1])
     assert lines[4] == "best: step_000001 with 66.67%"
-    assert "2 of the 2 other checkpoints" in lines[5] and "step_000002 (p = 1.0000)" in lines[5]
+    assert "2 of the 2 others" in lines[5] and "step_000002 (p = 1.0000)" in lines[5]
 
 
 NOT_APART = "MMAU's rule cannot tell the choices of 2 questions apart: s0, s1"

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,11 @@ import torch.distributed as dist
 
 import grpo_aqa
 from data import Question, load_questions, step_indices
-from evaluation import scores
 from infra.errors import InputError
 from model.checkpoints import load_policy
 from policy import BadClip, data_parallel, encode_prompts
 from reward import format_reward, mmau_match, prediction
+from training import heldout
 from training import run as run_module
 from training.metrics import append_jsonl
 from training.optimizer import ShardedAdamW, trainable
@@ -201,17 +202,39 @@ def test_the_next_good_question_replaces_one_with_a_bad_clip():
 
 def test_heldout_scores_equal_those_of_the_completions(begin, mmau, clean, monkeypatch):
     monkeypatch.setattr(
-        scores, "prediction", lambda text, choices: prediction(text, choices) if "a" in text else "rain"
+        heldout, "prediction", lambda text, choices: prediction(text, choices) if "a" in text else "rain"
     )
     model, processor = load_policy(str(mmau / "model"), torch.float32, CPU)
     questions = load_questions(str(mmau / "mmau.json"))
     texts = [record["completion"] for record in json.loads(clean.read_text())]
-    right = [mmau_match(q.answer, scores.prediction(t, q.choices), q.choices) for q, t in zip(questions, texts)]
+    right = [mmau_match(q.answer, heldout.prediction(t, q.choices), q.choices) for q, t in zip(questions, texts)]
     expected = np.mean(right), np.mean([format_reward(text, "answer") for text in texts])
     run = begin("--max_new_tokens=10")
     assert run.progress["before"] is None  # without held-out questions
     run.policy, run.processor, run.heldout = model, processor, questions
-    assert run._score_heldout() == expected and sum(right) > 0
+    assert run._score_heldout(step=3) == expected and sum(right) > 0
+    assert run.progress["heldout"] == {"3": right}
+
+
+def test_heldout_questions_are_scored_every_few_steps_and_after_the_last(begin, questions, monkeypatch, capsys):
+    """Their time is not part of `seconds`. The state remembers which questions are right, for the best step's test."""
+    answers = {2: [True, False, False], 4: [True, True, False], 5: [True, False, False]}
+    monkeypatch.setattr(run_module, "score_heldout", lambda *_: time.sleep(0.2) or (answers[run.step], 1.0))
+    monkeypatch.setattr(run_module, "heldout_table", lambda *_: "the table")
+    run = begin("--heldout=q", "--heldout_every=2")
+    run.heldout = questions[:3]
+    for _ in run.steps():
+        run.record(0.1, {}, shown=[])
+        run.save_if_due()
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("heldout_accuracy") for line in lines] == [None, 1 / 3, None, 2 / 3, 1 / 3]
+    assert [line.get("heldout_questions") for line in lines] == [None, 3, None, 3, 3]
+    assert all(line["seconds"] < 0.2 <= line["seconds_heldout"] for line in lines if "seconds_heldout" in line)
+    assert run.progress["heldout"] == {str(step): right for step, right in answers.items()}
+    monkeypatch.setattr(run_module, "score_heldout", None)  # the last step's scores are there
+    run.finish()
+    said = capsys.readouterr().out
+    assert "the table\nbest: step_000004 with 66.67%\nwarning: its lead, if any, may be luck; 2 of the 2" in said
 
 
 # ---- the end of a step ----

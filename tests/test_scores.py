@@ -382,27 +382,3 @@ def test_both_figures_stand_side_by_side(tmp_path):
     wrong = ["dog", *right[1:]] if right[0] != "dog" else ["cat", *right[1:]]
     assert scores.exact_figures(questions, {"x": right, "y": wrong})[1].endswith("these: x 100.00%, y 87.50%")
     assert scores.exact_figures(make_questions(5), {"": right[:5]}) == []
-
-
-# ---- held-out questions ----
-
-
-def test_exact_comparison_decides_held_out_questions_that_the_rule_cannot_tell_apart():
-    questions = [Question(str(i), "a.wav", "What?", ["+", "-"], "+-"[i % 2]) for i in range(4)]
-    assert scores.score_answers(questions, [["<answer>+</answer>"]] * 4, "answer") == (0.5, 1.0)
-    table = scores.heldout_table(questions, {"after": (0.5, 1.0)})
-    assert cells(table.splitlines()[1]) == ["guessing", "0.500"]
-    assert table.endswith("the choices of 4 questions apart: 0, 1, 2, 3; exact comparison decides these")
-
-
-def test_heldout_scores():
-    """Accuracy counts the answer by MMAU's rule, format the whole completion."""
-    questions = [Question(str(i), "a.wav", "What?", ["dog", "cat"], "dog") for i in range(4)]
-    completions = ["<answer>dog</answer>", "<answer>cat</answer>", "Dog", "so <answer>a dog</answer>"]
-    pair = scores.score_answers(questions, [[text] for text in completions], "answer")
-    assert pair == (0.75, 0.5)
-    heading, *rows = scores.heldout_table(questions, {"before": (0.25, 1.0), "after": pair}).splitlines()
-    assert heading.startswith("4 held-out questions, greedy")
-    assert [cells(row) for row in rows] == [
-        ["guessing", "0.500"], ["before", "0.250", "1.000"], ["after", "0.750", "0.500"]
-    ]  # fmt: skip

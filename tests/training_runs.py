@@ -23,7 +23,8 @@ from training.run_folder import step_folders
 
 QUESTIONS, BATCH, STEPS = 5, 4, 8  # 5 is no multiple of 4: epochs begin within steps
 FLAGS = {"model": "base", "data": "questions.jsonl", "steps": STEPS, "save_every": 2, "prompts_per_rank": 2,
-         "accumulation_steps": 2, "max_new_tokens": 8, "lr": 1e-3, "log_completions_every": 1}  # fmt: skip
+         "accumulation_steps": 2, "max_new_tokens": 8, "lr": 1e-3, "log_completions_every": 1,
+         "heldout": "questions.jsonl", "heldout_every": 3}  # fmt: skip
 
 # ---- commands that a test may kill ----
 

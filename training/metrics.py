@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data import Question, build_prompt
+from evaluation.scores import wilson_interval
 from infra.files import write_text
 from infra.pictures import save_picture
 from reward import REWARDS
@@ -98,7 +99,9 @@ def log_completions(
 
 # ---- curves ----
 
+HELDOUT = "heldout_accuracy"
 TITLES = {
+    HELDOUT: "held-out accuracy (greedy, 95% interval)",
     "reward": "reward (weighted sum)",
     "accuracy": "sampled training accuracy",
     "format": "share of well-formed completions",
@@ -127,13 +130,16 @@ def draw_curves(out: Path) -> None:
     figure = Figure(figsize=(4 * columns, 6), layout="constrained")
     axes = figure.subplots(2, columns, sharex=True, squeeze=False)
     for axis, name in zip(axes.flat, shown):
+        axis.set_title(TITLES.get(name, f"{name} reward"), fontsize=10)
+        axis.grid(alpha=0.3)
+        if name == HELDOUT:
+            _draw_heldout(axis, metrics)
+            continue
         values = torch.tensor([_number(m.get(name)) for m in metrics])
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
         window = max(1, min(25, len(values) // 4))
         smooth = values.unfold(0, window, 1).mean(-1)
         axis.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
-        axis.set_title(TITLES.get(name, f"{name} reward"), fontsize=10)
-        axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step")
     if len(shown) % 2:  # nothing is below the last panel of the first row
@@ -143,6 +149,16 @@ def draw_curves(out: Path) -> None:
     save_picture(figure, out / "curves.png", dpi=90)
     del figure, axes, axis
     gc.collect()  # a figure is full of reference cycles: some MB that would stay for long
+
+
+def _draw_heldout(axis, metrics: list[dict]) -> None:
+    """Draw the held-out accuracy of the steps that have one, with Wilson's interval as a band."""
+    scored = [m for m in metrics if _number(m.get(HELDOUT)) >= 0 and _number(m.get("heldout_questions")) >= 1]
+    steps, totals = [m["step"] for m in scored], [int(m["heldout_questions"]) for m in scored]
+    shares = [min(1.0, m[HELDOUT]) for m in scored]
+    ends = [wilson_interval(round(share * total), total) for share, total in zip(shares, totals)]
+    axis.fill_between(steps, [low for low, _ in ends], [high for _, high in ends], alpha=0.2, linewidth=0)
+    axis.plot(steps, shares, marker="o", markersize=3, color="tab:blue", linewidth=1.8)
 
 
 def _number(value) -> float:

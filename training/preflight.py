@@ -239,8 +239,9 @@ def unrewardable(processor, questions: list[Question], template: str, max_new_to
     Encodes and decodes the right completion of each distinct answer, because the rewards read decoded tokens. Questions
     without an answer are left out.
     """
-    different = {(q.answer, q.choices == []): q for q in questions if q.answer is not None}
-    keys, reasons = list(different), {}
+    # Open questions have other rewards, so an answer may occur twice: with choices and without.
+    distinct = {(q.answer, q.choices == []): q for q in questions if q.answer is not None}
+    keys, reasons = list(distinct), {}
     for start in range(0, len(keys), 100):  # in batches, because targets are padded to the longest one
         some = keys[start : start + 100]
         thought = "<think></think>" if template == "think" else ""
@@ -248,7 +249,7 @@ def unrewardable(processor, questions: list[Question], template: str, max_new_to
         tokens, mask = encode_targets(processor, targets)
         texts, lengths = decode_text(processor, tokens, mask), (mask.sum(dim=1) - 1).tolist()  # without end of turn
         for key, text, length in zip(some, texts, lengths):
-            if any(REWARDS[name](text, different[key], template) != 1 for name in ("accuracy", "format")):
+            if any(REWARDS[name](text, distinct[key], template) != 1 for name in ("accuracy", "format")):
                 reasons[key] = f"the rewards do not find it in {text!r:.200}; reword the answer"
             elif length > max_new_tokens:
                 reasons[key] = f"it takes {length} tokens; raise --max_new_tokens to {length} or more"

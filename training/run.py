@@ -20,6 +20,7 @@ import argparse
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -31,8 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Question, build_prompt, digest, shuffle_choices
-from evaluation.answering import answer_questions
-from evaluation.scores import heldout_table, score_answers
+from evaluation.scores import best_step
 from infra.errors import InputError, list_names
 from infra.files import check_folder
 from infra.ownership import OWNER
@@ -56,6 +56,7 @@ from model.checkpoints import check_model, identify_model, load_on_all_ranks, pi
 from model.lora import add_lora
 from model.qwen2_audio import TOKENS_PER_SECOND, Prompt, freeze_audio_tower
 from policy import BadClip, encode_ahead, listen, to_device
+from training.heldout import heldout_table, score_heldout
 from training.metrics import append_jsonl, log_completions
 from training.optimizer import ShardedAdamW
 from training.preflight import (
@@ -116,6 +117,7 @@ class Run:
         self.batch: list[Question] = []  # this rank's questions of the step
         self.replaced: list[str] = []  # places of the step's questions that had a bad clip
         self.stopping = False  # after a SIGTERM
+        self.after: tuple[float, float] | None = None  # held-out scores of the newest step that has some
 
     # ---- start ----
 
@@ -143,10 +145,10 @@ class Run:
         return policy, processor
 
     def longest_prompt(self) -> int:
-        """Bound the tokens of any prompt: those of the longest text plus those of the longest clip.
+        """Bound the tokens of any prompt: tokens of the longest text, of the longest clip and of the markup.
 
-        MARKUP_TOKENS has about 20 tokens to spare. Another order of the choices needs a few of them: only the
-        punctuation around the first and the last choice becomes other tokens.
+        MARKUP_TOKENS has about 20 tokens to spare. Another order of the choices needs a few of them: the punctuation
+        around the first and the last choice may become more tokens.
         """
         texts = [build_prompt(question, self.args.template) for question in self.questions]
         text_tokens = max(map(len, self.processor.tokenizer(texts)["input_ids"]))
@@ -171,7 +173,8 @@ class Run:
         if self.state:
             self.progress = load_state(self.state, optimizer, self.generator)
         else:
-            self.progress = {"step": 0, "position": 0, "before": self._score_heldout()}
+            self.progress = {"step": 0, "position": 0}
+            self.progress["before"] = self._score_heldout(step=0) if self.heldout else None
         self.preempted: threading.Event = catch_sigterm()
         done = self.progress["step"]
         self.bar = tqdm(desc=self.method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
@@ -183,7 +186,7 @@ class Run:
     def _share(self, position: int) -> list[Question]:
         """Return this rank's questions of the step at a position of the data order.
 
-        With --vary_choice_order, the seed and a question's own position decide the order of its choices.
+        With --vary_choice_order, --seed and a question's position in the data order decide the order of its choices.
         """
         questions = [self.questions[i] for i in self.order(position)]
         if not self.args.vary_choice_order:
@@ -191,22 +194,11 @@ class Run:
         first = position + dist.get_rank() * self.args.prompts_per_rank
         return [shuffle_choices(q, self.args.seed, CHOICES, first + n) for n, q in enumerate(questions)]
 
-    def _score_heldout(self) -> tuple[float, float] | None:
-        """Score greedy answers to the held-out questions, shared over the ranks: (accuracy, format), or None."""
-        if not self.heldout:
-            return None
-        args = self.args
-        with memory_errors("the held-out questions"):
-            answers = answer_questions(
-                self.policy,
-                self.processor,
-                self.heldout,
-                args.template,
-                args.max_new_tokens,
-                batch_size=4 * args.prompts_per_rank,  # one completion per question instead of a group
-                cuda_graph=args.cuda_graph,
-            )
-        return score_answers(self.heldout, answers, args.template)
+    def _score_heldout(self, step: int) -> tuple[float, float]:
+        """Score greedy answers to the held-out questions after a step: (accuracy, format)."""
+        right, format_ = score_heldout(self.heldout, self.policy, self.processor, self.args)
+        self.progress.setdefault("heldout", {})[str(step)] = right  # JSON's keys are texts
+        return sum(right) / len(right), format_
 
     # ---- a step ----
 
@@ -251,7 +243,8 @@ class Run:
     def record(self, lr: float, metrics: dict, shown: list[str]) -> None:
         """Write the step's metrics to metrics.jsonl, averaged over the ranks, and some of them to the progress bar.
 
-        A metric that is None stays None. Sets `stopping` on all ranks if a rank had a SIGTERM.
+        A metric that is None stays None. Sets `stopping` on all ranks if a rank had a SIGTERM. Every --heldout_every
+        steps and after the last one, adds the held-out scores; their time is not part of `seconds`.
         """
         values = {name: value for name, value in metrics.items() if value is not None}
         values |= {"seconds": self.clock.total()}
@@ -268,6 +261,11 @@ class Run:
                 met = gather({place: self.bad_clips[place] for place in self.replaced})
                 new = {place: fault for part in met for place, fault in part.items()}
                 on_rank_0(lambda: note_bad_clips(self.out, self.step, new))
+        every, started = self.args.heldout_every, time.perf_counter()
+        if self.heldout and every and (self.step % every == 0 or self.step == self.args.steps):
+            self.after = accuracy, format_ = self._score_heldout(self.step)
+            record |= {"heldout_accuracy": accuracy, "heldout_format": format_, "heldout_questions": len(self.heldout)}
+            record["seconds_heldout"] = time.perf_counter() - started
         if dist.get_rank() == 0:
             with writing_run(self.out / "metrics.jsonl", self.out):
                 append_jsonl(self.out / "metrics.jsonl", record)
@@ -312,12 +310,16 @@ class Run:
             if dist.get_rank() == 0:
                 print(f"\nSIGTERM: stopped after step {step}; --resume continues from there", flush=True)
             return
-        after = self._score_heldout()
+        if self.heldout:
+            after = self.after or self._score_heldout(step)
         if dist.get_rank() == 0:
             print(f"\nmetrics, curves and checkpoints: {self.out}")
             if self.heldout:
                 scores = {f"before {self.method}": self.progress["before"], f"after {self.method}": after}
                 print(f"\n{heldout_table(self.heldout, scores)}")
+                if self.args.heldout_every:
+                    right = {int(name): own for name, own in self.progress["heldout"].items() if name != "0"}
+                    print("\n".join(best_step(right)))
 
 
 # ---- before and beside the steps ----

@@ -38,10 +38,10 @@ RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
 # model may move, too: _check_same_model compares its files.
 FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "save_state_every", "keep_last"}
 FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
-FREE_SETTINGS |= {"accumulation_steps", "gradient_checkpointing", "cuda_graph"}
+FREE_SETTINGS |= {"heldout_every", "accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version", "model_files"}  # have checks of their own
-UNRECORDED = {"vary_choice_order": False}  # settings that older runs do not record, as they were
+UNRECORDED = {"vary_choice_order": False}  # values in older runs, which do not record these settings
 VERSION = 2  # of the run folder's format; states of other versions are not resumed
 
 # ---- what a run has saved ----

@@ -15,7 +15,7 @@ TOY_STEPS = 360
 TOY_PROMPTS = 16  # per step over all ranks: the toy learns the same on 1, 2 and 8 ranks
 TOY_TOKENS = 32  # longest completion
 TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}
-TOY = dict(steps=TOY_STEPS, max_new_tokens=TOY_TOKENS, dtype="float32")
+TOY = dict(steps=TOY_STEPS, max_new_tokens=TOY_TOKENS, dtype="float32", heldout_every=60)
 
 # ---- LoRA ----
 
@@ -53,6 +53,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     add("data", None, "training questions: a JSON, JSON lines or CSV file")
     add("audio_dir", None, "folder of relative audio paths [the question file's]")
     add("heldout", None, "questions to score before and after training; audio paths start from their file's folder")
+    add("heldout_every", 0, "steps between scores of the held-out questions; 0: only before and after training")
     add("out", defaults["out"], "run folder")
     add("steps", 1000, "training steps")
     add("prompts_per_rank", 2, "questions per rank and step")
@@ -98,6 +99,8 @@ def parse_settings(
         args, defaults = parser.parse_args(argv), toy_defaults
     elif args.data is None:
         parser.error("--model needs --data, a file of training questions")
+    if args.heldout_every and not args.heldout:
+        parser.error("--heldout_every needs --heldout, a file of held-out questions")
     name = os.path.basename(os.path.abspath(args.model))  # abspath: for "." and ".."
     args.out = args.out.replace("<model's name>", name)
     if args.lr is None:

@@ -107,13 +107,13 @@ def warm_start(model, processor, questions: list[Question], steps: int, random_a
     1e-3 over 50 steps and falls to 0 over the last third.
     """
     rng = np.random.default_rng(seed)
-    some = [q.known_answer for q in questions]  # in place of the choices of an open question
+    known = [q.known_answer for q in questions]  # an open question has no choices: draw from all answers
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     bar = tqdm(range(1, steps + 1), desc="warm start", unit="step")
     for step in bar:
         template = list(TEMPLATES)[step % len(TEMPLATES)]
         batch = [questions[i] for i in rng.choice(len(questions), 16)]
-        answers = [rng.choice(q.choices or some) if rng.random() < random_answers else q.known_answer for q in batch]
+        answers = [rng.choice(q.choices or known) if rng.random() < random_answers else q.known_answer for q in batch]
         completions, mask = encode_targets(processor, [warm_start_text(answer, template) for answer in answers])
         prompt = encode_prompts(processor, batch, template)
         logprobs, _ = completion_logprobs(model, prompt, completions, mask, temperature=1.0)
