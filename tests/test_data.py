@@ -128,6 +128,11 @@ def test_build_prompt(template, ending):
     assert build_prompt(Question("0", "a.wav", "Is {it} 100%?", ["a", "it's"], "a"), template) == text + ending
 
 
+def test_the_prompt_of_an_open_question_has_no_options():
+    texts = [build_prompt(Question("0", "a.wav", "Is {it}?", [], "a"), template) for template in ("direct", "answer")]
+    assert texts == ["Is {it}?", "Is {it}? Output the final answer in <answer> </answer>."]
+
+
 @pytest.mark.parametrize(
     "choice, shown",
     [

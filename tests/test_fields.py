@@ -235,3 +235,6 @@ def test_a_prediction_that_names_no_choice(tmp_path):
     assert as_written(question_of(tmp_path, twice), "x") == "(C) x"
     swapped = MMSU | {"choice_a": "B", "choice_b": "A", "answer_gt": "A"}  # choices that are letters themselves
     assert as_written(question_of(tmp_path, swapped), "A") == "B"
+    assert as_written(question_of(tmp_path, swapped | {"choice_c": "A"}), "A") == "B"
+    chords = HUB | {"choices": ["(A) C", "(B) C#"], "answer": "(B) C#"}
+    assert as_written(question_of(tmp_path, chords), "It is C") == "It is C"  # MMAU's rule: it may be both

@@ -37,7 +37,7 @@ def test_csv(tmp_path, delimiter, ending, quoting, name):
 
 
 def test_json_with_names_of_fields_as_values_is_no_csv(tmp_path):
-    record = {"audio": "x.wav", "question": "?", "choices": ["video", "audio"], "answer": "audio"}
+    record = {"audio": "x.wav", "question": "?", "choices": ["video", "audio", "text"], "answer": "audio"}
     for text in (json.dumps(record), f"[{json.dumps(record)}]"):
         (tmp_path / "q.json").write_text(text)
         assert load_questions(str(tmp_path / "q.json"))[0].answer == "audio"

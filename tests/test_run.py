@@ -222,7 +222,7 @@ def test_heldout_questions_are_scored_every_few_steps_and_after_the_last(begin, 
     monkeypatch.setattr(run_module, "score_heldout", lambda *_: time.sleep(0.2) or (answers[run.step], 1.0))
     monkeypatch.setattr(run_module, "heldout_table", lambda *_: "the table")
     run = begin("--heldout=q", "--heldout_every=2")
-    run.heldout = questions[:3]
+    run.heldout, run.progress["heldout"] = questions[:3], {"0": [True, True, True]}  # the start is no step to name
     for _ in run.steps():
         run.record(0.1, {}, shown=[])
         run.save_if_due()
@@ -230,7 +230,7 @@ def test_heldout_questions_are_scored_every_few_steps_and_after_the_last(begin, 
     assert [line.get("heldout_accuracy") for line in lines] == [None, 1 / 3, None, 2 / 3, 1 / 3]
     assert [line.get("heldout_questions") for line in lines] == [None, 3, None, 3, 3]
     assert all(line["seconds"] < 0.2 <= line["seconds_heldout"] for line in lines if "seconds_heldout" in line)
-    assert run.progress["heldout"] == {str(step): right for step, right in answers.items()}
+    assert run.progress["heldout"] == {"0": [True] * 3} | {str(step): right for step, right in answers.items()}
     monkeypatch.setattr(run_module, "score_heldout", None)  # the last step's scores are there
     run.finish()
     said = capsys.readouterr().out
