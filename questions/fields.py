@@ -254,9 +254,16 @@ def _answer(
     letters: of the choices. published: accept only texts, and return a text that is no choice as it is. counted: an
     integer is an index, even if the choices are numbers.
     """
+    if isinstance(value, str):
+        text = in_nfc(value)
+        for options in (choices, spelled):
+            if text in map(in_nfc, options):
+                return value if options is choices else choices[[in_nfc(option) for option in options].index(text)]
+        if published:
+            return value
+        if re.fullmatch("[0-9]{1,3}", text):  # a cell of CSV
+            value = int(text)
     if isinstance(value, float) and value.is_integer():  # a table's column of integers with a gap
-        value = int(value)
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,3}", value.strip()) and value.strip() not in choices:  # in CSV
         value = int(value)
     if type(value) is int and not published:
         named = choices[value] if 0 <= value < len(choices) else None
@@ -265,12 +272,6 @@ def _answer(
         return str(value) if named in (None, str(value)) else None
     if not isinstance(value, str):
         return None
-    text = in_nfc(value)
-    for options in (choices, spelled):
-        if text in map(in_nfc, options):
-            return value if options is choices else choices[[in_nfc(option) for option in options].index(text)]
-    if published:
-        return value
     found = re.fullmatch(r"\(?([A-Z])(?:[.):]+\s*(.*))?", text, re.DOTALL)
     if not found or found[1] not in letters[: len(choices)]:
         return value  # find_questions_in shows a choice that differs only in case or spaces
