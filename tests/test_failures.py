@@ -373,7 +373,8 @@ def test_two_thousand_steps_need_no_more_memory_than_two_hundred(tmp_path):
     not grow. All metrics are there."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     small = ["--steps", "2000", "--prompts_per_rank", "2", "--group_size", "4", "--max_new_tokens", "12"]
-    command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, "--save_every", "200", "--keep_last", "2"]
+    rare = ["--save_every", "200", "--keep_last", "2", "--heldout_every", "500"]
+    command = [sys.executable, str(ROOT / "grpo_aqa.py"), *small, *rare]
     seen = {}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
@@ -390,4 +391,6 @@ def test_two_thousand_steps_need_no_more_memory_than_two_hundred(tmp_path):
     assert abs(seen[7][0] / seen[0][0] - 1) <= 0.05 and seen[7][1] <= seen[0][1], seen
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 2001))
-    assert all(set(record) == set(records[0]) and None not in record.values() for record in records)
+    assert [record["step"] for record in records if "heldout_accuracy" in record] == [500, 1000, 1500, 2000]
+    names = [{name for name in record if "heldout" not in name} for record in records]
+    assert all(own == names[0] for own in names) and not any(None in record.values() for record in records)
