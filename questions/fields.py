@@ -16,7 +16,7 @@ from typing import Any
 
 from infra.errors import InputError
 from questions.clips import avqa_clip_path, clip_path, leaves_folder
-from reward import in_nfc
+from reward import as_choice, in_nfc
 
 # For each field, the first name that a record has counts.
 NAMES = {
@@ -256,9 +256,10 @@ def _answer(
     """
     if isinstance(value, str):
         text = in_nfc(value)
-        for options in (choices, spelled):
-            if text in map(in_nfc, options):
-                return value if options is choices else choices[[in_nfc(option) for option in options].index(text)]
+        if as_choice(value, choices) in choices:
+            return value
+        if (own := as_choice(value, spelled)) in spelled:
+            return choices[spelled.index(own)]
         if published:
             return value
         if re.fullmatch("[0-9]{1,3}", text):  # a cell of CSV
