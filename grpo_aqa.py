@@ -40,7 +40,7 @@ from policy import completion_logprobs, data_parallel, decode_text, sample_group
 from reward import REWARDS
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
-from training.settings import TOY, TOY_LR, add_setting, parse_settings, shared_settings
+from training.settings import LR, TOY, TOY_LR, add_setting, parse_settings, shared_settings
 
 # ---- the algorithm ----
 
@@ -337,7 +337,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
 
 # ---- command line ----
 
-DEFAULTS = dict(out="runs/<model's name>", lr=1e-6)  # the paper's, as those in make_parser
+DEFAULTS = dict(out="runs/<model's name>", lr=LR["grpo_aqa.py"])  # the paper's, as those in make_parser
 TOY_DEFAULTS = TOY | dict(out="runs/toy", lr=TOY_LR["grpo_aqa.py"])  # in their place without --model
 
 

@@ -2,6 +2,7 @@
 
     python reproduce.py                 the toy, one seed, on two CPU cores
     python reproduce.py --seeds 3       three seeds; each has its own base model, all share one world of sounds
+    python reproduce.py --transfer      the paper's situation: trained on sounds alone, tested on all areas
     python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
         --audio_dir data/AVQA/wavs --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8 --skip_bad_audio
 
@@ -29,15 +30,24 @@ from infra.flags import Parser
 from infra.ownership import OWNER, owner_file, owning
 from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
-from paper.estimate import disk_bytes, disk_text, duration, require_disk, time_text
-from paper.rows import NAMES, ROWS, Job, finished_jobs, jobs, sha256
+from paper.estimate import disk_bytes, disk_text, duration, rates_text, require_disk, time_text
+from paper.rows import ROWS, TRANSFER_ROWS, Job, finished_jobs, jobs, read_record, sha256, table_rows
 from paper.table import write_table
+from paper.transfer import STEPS, make_transfer, measure
+from paper.transfer_table import write_transfer
 from training import toy_model
 from training.preflight import CACHE, check_texts, load_checked
 from training.run_folder import step_folders
 from training.settings import TOY_PROMPTS, TOY_STEPS
 
 TOKENS = 256  # the default of --max_new_tokens in all scripts
+# Question files in --out.
+TOY_FILES = {"data": "world/train.jsonl", "mmau": "world/heldout.json", "validation": "validation/heldout.json"}
+TRANSFER_FILES = {
+    "data": "worlds/trained/heldout.json",
+    "mmau": "worlds/test/heldout.json",
+    "clean": "worlds/clean/heldout.json",
+}
 
 # ---- arguments ----
 
@@ -46,7 +56,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
         description="Train and evaluate every row of the paper's table, and write the table. Without --model, use the "
-        f"toy, which needs no GPU. Rows: {', '.join(NAMES)}.",
+        f"toy, which needs no GPU. Rows: {', '.join(row.name for row in ROWS)}; with --transfer: "
+        f"{', '.join(row.name for row in TRANSFER_ROWS)}.",
     )
 
     def add(name, help, **kwargs):
@@ -58,10 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("audio_dir", "folder of relative audio paths in --data [the question file's]")
     add("mmau", "questions to evaluate on, with answers: MMAU's test-mini or any other file")
     add("mmau_audio_dir", "folder of relative audio paths in --mmau [the question file's]")
-    add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy]")
-    add("rows", "names of the rows to run, separated by commas [all]")
+    add("validation", "questions to choose learning rates on, with answers; neither those of --data nor of --mmau")
+    add("tune_rates", "also train with a third and three times each learning rate", action="store_true")
+    add("transfer", "train the toy on noisy sounds alone and test it on all areas", action="store_true")
+    add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy or runs/reproduce_transfer]")
+    add("rows", "names of the rows to run, separated by commas [all; with --transfer all without LoRA]")
     add("seeds", "runs of each row", type=int, default=1)
-    add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}]", type=int)
+    add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}; --transfer: {STEPS}]", type=int)
     add("nproc_per_node", "ranks of each script [the number of GPUs, at least 1; toy: 2]", type=int)
     add("skip_bad_audio", "leave out questions whose clip is missing or broken, as the scripts do", action="store_true")
     add("label_noise", "share of the toy's training answers that are wrong", type=float, default=0.0)
@@ -73,26 +87,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         parser.error("start reproduce.py with python; it calls torchrun itself")
     args.toy = args.model is None
-    args.steps = (TOY_STEPS if args.toy else 1000) if args.steps is None else args.steps
+    if args.steps is None:
+        args.steps = STEPS if args.transfer else TOY_STEPS if args.toy else 1000
     if args.nproc_per_node is None:
         args.nproc_per_node = 2 if args.toy else max(1, torch.cuda.device_count())
+    noise = (args.label_noise, args.heldout_noise) != (0.0, 1.0)
+    if args.transfer and (args.model or args.tune_rates or noise):
+        parser.error("--transfer does not go with --model, --tune_rates, --label_noise and --heldout_noise")
     if args.toy:
-        for name in ("data", "audio_dir", "mmau", "mmau_audio_dir"):
+        for name in ("data", "audio_dir", "mmau", "mmau_audio_dir", "validation"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --model")
-        args.out = args.out or "runs/reproduce_toy"
-        args.data, args.mmau = (os.path.join(args.out, "world", name) for name in ("train.jsonl", "heldout.json"))
+        args.out = args.out or ("runs/reproduce_transfer" if args.transfer else "runs/reproduce_toy")
+        for name, path in (TRANSFER_FILES if args.transfer else TOY_FILES).items():
+            setattr(args, name, os.path.join(args.out, path))
     else:
         for name in ("data", "mmau"):
             if getattr(args, name) is None:
                 parser.error(f"--model needs --{name}, a file of questions")
-        if (args.label_noise, args.heldout_noise) != (0.0, 1.0):
+        if args.tune_rates != (args.validation is not None):
+            parser.error("with --model, --tune_rates and --validation go together")
+        if noise:
             parser.error("--label_noise and --heldout_noise are for the toy; leave them out with --model")
         args.out = args.out or "runs/reproduce"
-    args.rows = args.rows.split(",") if args.rows else NAMES
+    every = table_rows(args)
+    names = [row.name for row in every]
+    default = [row.name for row in every if not (args.transfer and row.lora)]
+    args.rows = args.rows.split(",") if args.rows else default
     for name in args.rows:
-        if name not in NAMES:
-            parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(NAMES)}")
+        if name not in names:
+            parser.error(f"--rows: there is no row {name!r}; choose from {', '.join(names)}")
     if args.toy and TOY_PROMPTS % args.nproc_per_node:
         parser.error(f"--nproc_per_node must divide the toy's {TOY_PROMPTS} questions a step")
     return args
@@ -106,33 +130,37 @@ def check_inputs(args: argparse.Namespace) -> None:
 
     reproduce.json in args.out holds digests of the model and of the questions: all rows of a table share them.
     """
+    shared: dict = {"transfer": args.transfer}
     if args.toy:
-        shared = {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
+        shared |= {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
     else:
         check_model(args.model)
-        chosen = [row for row in ROWS if row.name in args.rows]
+        chosen = [row for row in table_rows(args) if row.name in args.rows]
         files = json.dumps(identify_model(args.model)).encode()
-        shared = {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
+        shared |= {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
         shared |= {"model_digest": hashlib.sha256(files).hexdigest()[:16]}
-        for name, path, folder in (("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)):
+        sources = [("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)]
+        sources += [("validation", args.validation, None)] * args.tune_rates
+        for name, path, folder in sources:
             cache = None if args.dry_run else Path(args.out, CACHE)
             questions = load_checked(path, folder, args.skip_bad_audio, cache).questions
             for template in {row.template for row in chosen if row.script or name == "mmau"}:
                 check_texts(args.model, questions, template, TOKENS, strict=name == "data")
             shared |= {f"{name}_digest": digest(questions)}
     path = Path(args.out) / "reproduce.json"
-    if not path.exists():
-        if not args.dry_run:
-            write_text(path, json.dumps(shared, indent=2) + "\n")
-        return
-    try:
-        saved = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
-    different = [name for name in saved if saved[name] != shared.get(name, "")]  # older tables have no model_digest
+    saved: dict = {}
+    if path.exists():
+        try:
+            saved = {"transfer": False} | dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
+    # Older tables have no model_digest, and a table has a validation_digest only if its rates were tuned.
+    different = [name for name in saved.keys() & shared.keys() if saved[name] != shared[name]]
     if different:
-        listed = ", ".join(f"{name} {saved.get(name)} (now {shared.get(name)})" for name in different)
+        listed = ", ".join(f"{name} {saved[name]} (now {shared[name]})" for name in sorted(different))
         raise InputError(f"{args.out}: holds the rows of another table, {listed}; name another folder with --out")
+    if not args.dry_run and saved != saved | shared:
+        write_text(path, json.dumps(saved | shared, indent=2) + "\n")
 
 
 # ---- one job ----
@@ -150,32 +178,47 @@ def run_job(job: Job) -> None:
         with owning(job.run_folder / OWNER), owning(owner_file(job.predictions)):
             pass  # refused if a script of a killed reproduce.py still runs
         if not job.has_same_settings():
-            earlier = first_free(lambda n: job.folder.with_name(f"{job.row.name}.earlier_{n}"))
+            earlier = first_free(lambda n: job.folder.with_name(f"{job.folder.name}.earlier_{n}"))
             job.folder.rename(earlier)
             print(f"{job.folder} was made with other settings and has been moved to {earlier}", flush=True)
-    record: dict = {"settings": job.settings()}
+    record = read_record(job.record) if job.has_same_settings() else {"settings": job.settings()}
     write_text(job.record, json.dumps(record, indent=2) + "\n")
     if job.row.script:
         if not job.checkpoint.exists():
             run_part(job, "training", training_command(job))
             if not job.checkpoint.exists():
                 raise JobFailed(f"training ended before it wrote {job.checkpoint}")
+            record = {"settings": job.settings()}  # earlier predictions are of another checkpoint
         remove_all_but(job.checkpoint)
     started = time.monotonic()
-    run_part(job, "evaluation", evaluation_command(job))
-    if not job.predictions.exists():
-        raise JobFailed(f"evaluation ended before it wrote {job.predictions}")
-    seconds = round(time.monotonic() - started, 1)
-    record |= {"predictions_sha256": sha256(job.predictions), "evaluation_seconds": seconds}
+    for path in job.evaluations():
+        if not job.has_result(path):
+            run_part(job, "evaluation", evaluation_command(job, path))
+            if not path.exists():
+                raise JobFailed(f"evaluation ended before it wrote {path}")
+            record[f"{path.stem}_sha256"] = sha256(path)
+    if job.args.transfer:
+        print(f"\n{job}: measuring answers among the choices and the KL divergence from the base model", flush=True)
+        checkpoint = str(job.checkpoint) if job.row.script else job.base_model
+        found = measure(checkpoint, job.base_model, load_questions(job.args.mmau), job.row.template, job.seed)
+        write_text(job.measured, json.dumps(found) + "\n")
+        record["measured_sha256"] = sha256(job.measured)
+    record["evaluation_seconds"] = round(time.monotonic() - started, 1)
     write_text(job.record, json.dumps(record, indent=2) + "\n")
 
 
 def make_toy(job: Job) -> None:
     """Make the toy's sounds and questions, and the base model of the job's seed, if they are missing."""
     args, base = job.args, Path(job.base_model)
+    torch.set_num_threads(1)  # as in the scripts: any number of cores gives the same base model
+    if args.transfer:
+        make_transfer(Path(args.out, "worlds"), base, job.seed)
+        return
     toy_model.make_world(Path(args.data).parent, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
+    if args.tune_rates:
+        folder = Path(args.validation).parent
+        toy_model.make_world(folder, num_train=0, seed=1, heldout_noise=args.heldout_noise)
     if not base.exists():
-        torch.set_num_threads(1)  # as in the scripts: any number of cores gives the same base model
         toy_model.make_base(load_questions(args.data), base, seed=job.seed)
 
 
@@ -205,38 +248,42 @@ def remove_all_but(checkpoint: Path) -> None:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run all jobs that are not finished, and write the table after each. Return the exit status."""
+    write = write_transfer if args.transfer else write_table
     check_inputs(args)
     every = jobs(args)
     todo = [job for job in every if not job.is_finished()]
     print(f"{args.out}: {len(every) - len(todo)} of {len(every)} rows are finished")
     needed = disk_bytes(args, todo)
     print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args.out, needed)}", flush=True)
+    if not (args.transfer or args.tune_rates):
+        print(f"two more learning rates of each trained row (--tune_rates): {rates_text(args)} of training", flush=True)
     if args.dry_run:
         for job in todo:
             if job.row.script:
                 print(shlex.join(training_command(job)))
-            print(shlex.join(evaluation_command(job)))
+            for path in job.evaluations():
+                print(shlex.join(evaluation_command(job, path)))
         return 0
     require_disk(args.out, needed)
-    failed = []
-    for number, job in enumerate(todo, start=1):
-        print(f"\n==== {job}: row {number} of {len(todo)}", flush=True)
+    failed: dict[str, str] = {}
+    while todo:
+        job = todo[0]
+        print(f"\n==== {job}: rows left: {len(todo)}; time: {time_text(args, todo)}", flush=True)
         started = time.monotonic()
         try:
             run_job(job)
+            write(args, finished_jobs(args), picture=False)
+            print(f"\n{job}: {duration(time.monotonic() - started)}", flush=True)
         except JobFailed as error:
-            failed.append(f"{job}: {error}; see {job.log}")
-            print(f"\nfailed: {failed[-1]}", flush=True)
-            continue
-        write_table(args, finished_jobs(args), picture=False)
-        print(f"\n{job}: {duration(time.monotonic() - started)}", flush=True)
-        if todo[number:]:
-            print(f"rows left: {len(todo) - number}; time: {time_text(args, todo[number:])}", flush=True)
+            failed[str(job)] = f"{job}: {error}; see {job.log}"
+            print(f"\nfailed: {failed[str(job)]}", flush=True)
+        # Listed anew: the rates of later seeds depend on the rows of seed 0.
+        todo = [job for job in jobs(args) if str(job) not in failed and not job.is_finished()]
     finished = finished_jobs(args)
-    table = write_table(args, finished, picture=True)
+    table = write(args, finished, picture=True)
     files = "table.md, table.png, results.json" if finished else "table.md, results.json"
     print(f"\n{table}\n{args.out}: {files}", flush=True)
-    for reason in failed:
+    for reason in failed.values():
         print(f"reproduce.py: error: {reason}", file=sys.stderr)
     if failed:
         print("reproduce.py: the same command tries the failed rows again", file=sys.stderr)

@@ -31,7 +31,7 @@ from model.qwen2_audio import Prompt, slice_prompt
 from policy import data_parallel, encode_targets
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
-from training.settings import TOY, TOY_LR, parse_settings, shared_settings
+from training.settings import LR, TOY, TOY_LR, parse_settings, shared_settings
 
 # ---- the algorithm ----
 
@@ -111,7 +111,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
 
 # ---- command line ----
 
-DEFAULTS = dict(out="runs/<model's name>_sft", lr=1e-5)
+DEFAULTS = dict(out="runs/<model's name>_sft", lr=LR["sft_aqa.py"])
 TOY_DEFAULTS = TOY | dict(out="runs/toy_sft", lr=TOY_LR["sft_aqa.py"])  # in their place without --model
 
 

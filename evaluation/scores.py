@@ -14,6 +14,9 @@ import os
 import re
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+
+import numpy as np
 
 from data import Question, answer_is_a_choice, parse_record, share_answers
 from infra.errors import InputError, list_names
@@ -71,6 +74,25 @@ def verdict(only_a: int, only_b: int, name_a: str, name_b: str) -> str:
     conclusion = "no difference can be told" if p >= 0.05 else f"{better} is better"
     counts = f"only {name_a} right: {only_a}, only {name_b} right: {only_b}"
     return f"{counts}; McNemar's exact test: p = {p_text(p)}, {conclusion}"
+
+
+def resampled_interval(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the 95% interval of the mean of values [S, Q]: S seeds on the same Q questions.
+
+    Each draw takes S seeds and Q questions with replacement (the pigeonhole bootstrap, A. B. Owen, Annals of Applied
+    Statistics 1, 2007). With one seed, only the questions vary. With a few seeds, the interval is rather too short.
+    """
+    matrix = np.array(values, dtype=float)
+    seeds, questions = map(_draws, matrix.shape, (0, 1))
+    means = ((seeds @ matrix) * questions).sum(axis=1) / matrix.size  # [draws]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@cache
+def _draws(number: int, seed: int) -> np.ndarray:
+    """Draw `number` things with replacement, 4,000 times: how often each is drawn, [4000, number]."""
+    return np.random.default_rng(seed).multinomial(number, [1 / number] * number, size=4000).astype(float)
 
 
 def majority_vote(predictions: list[str]) -> str:

@@ -23,9 +23,11 @@ def training_command(job: Job) -> list[str]:
     return [*_command(job, job.row.script, paths | job.training_flags() | saving), "--resume"]
 
 
-def evaluation_command(job: Job) -> list[str]:
-    paths = {"ckpt": job.checkpoint if job.row.script else job.base_model}
-    paths |= {"data": job.args.mmau, "audio_dir": job.args.mmau_audio_dir, "out": job.predictions}
+def evaluation_command(job: Job, predictions: Path) -> list[str]:
+    """Build the command that writes one of the job's predictions files."""
+    data, audio_dir = job.evaluations()[predictions]
+    checkpoint = job.checkpoint if job.row.script else job.base_model
+    paths = {"ckpt": checkpoint, "data": data, "audio_dir": audio_dir, "out": predictions}
     return _command(job, "eval_mmau.py", paths | job.evaluation_flags())
 
 

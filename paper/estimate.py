@@ -14,7 +14,7 @@ from infra.files import free_bytes
 from model.checkpoints import pick_dtype
 from model.lora import add_lora, base_of
 from model.qwen2_audio import freeze_position_table
-from paper.rows import LORA_RANK, NAMES, Job, jobs, read_record
+from paper.rows import LORA_RANK, RATES, Job, jobs, read_record
 from training.metrics import read_jsonl
 from training.run_folder import checkpoint_bytes, state_bytes
 from training.settings import LORA_TARGETS
@@ -49,6 +49,15 @@ def time_text(args: argparse.Namespace, todo: list[Job]) -> str:
     return "; ".join(parts)
 
 
+def rates_text(args: argparse.Namespace) -> str:
+    """Tell how much longer seed 0 takes if all RATES of its rows are trained, or that this is unknown."""
+    trained = [job for job in jobs(args, seeds=1) if job.row.script and job.rate == 1]
+    each = [step_seconds(job) for job in trained]
+    if None in each:
+        return "unknown"
+    return duration((len(RATES) - 1) * args.steps * sum(seconds for seconds in each if seconds is not None))
+
+
 def step_times(job: Job) -> list[float]:
     """Read the seconds of each step that the job's training has recorded."""
     steps = read_jsonl(job.run_folder / "metrics.jsonl")
@@ -57,7 +66,7 @@ def step_times(job: Job) -> list[float]:
 
 def step_seconds(job: Job) -> float | None:
     """Average the step times of this job, or else of its row or its script. Falls back to --seconds_per_step."""
-    every = jobs(job.args, names=NAMES)
+    every = jobs(job.args, all_rows=True)
     same_row = [time for other in every if other.row == job.row for time in step_times(other)]
     same_script = [time for other in every if other.row.script == job.row.script for time in step_times(other)]
     measured = step_times(job) or same_row or same_script

@@ -1,12 +1,15 @@
-"""The rows of the paper's table, and their jobs: folders, settings, and what is already done."""
+"""The rows of the tables, and their jobs: folders, settings, and what is already done."""
 
 import argparse
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import mean
 
-from training.settings import LORA_LR, TOY_LR, TOY_PROMPTS, TOY_TOKENS
+from evaluation.scores import is_right, read_predictions
+from training.settings import LORA_LR, LR, TOY_LR, TOY_PROMPTS, TOY_TOKENS
 
 
 @dataclass(frozen=True)
@@ -16,21 +19,41 @@ class Row:
     template: str  # for training and evaluation
     script: str = ""  # trains the row; without a script, the starting model is evaluated
     lora: bool = False
+    lr: float | None = None  # None: the script's own, times LORA_LR with LoRA
+    beta: float | None = None  # None: the script's own
 
 
+SFT, GRPO = "sft_aqa.py", "grpo_aqa.py"
 ROWS = (
     Row("untouched_direct", "untouched, direct", "direct"),
     Row("untouched_answer", "untouched, answer", "answer"),
     Row("untouched_think", "untouched, think", "think"),
-    Row("sft_full", "SFT, full", "answer", "sft_aqa.py"),
-    Row("sft_lora", "SFT, LoRA", "answer", "sft_aqa.py", lora=True),
-    Row("grpo_direct", "GRPO, direct", "direct", "grpo_aqa.py"),
-    Row("grpo_answer", "GRPO, answer", "answer", "grpo_aqa.py"),
-    Row("grpo_think", "GRPO, think", "think", "grpo_aqa.py"),
-    Row("grpo_lora", "GRPO, LoRA (answer)", "answer", "grpo_aqa.py", lora=True),
+    Row("sft_full", "SFT, full", "answer", SFT),
+    Row("sft_lora", "SFT, LoRA", "answer", SFT, lora=True),
+    # With --model only: SFT's own rate is ten times GRPO's there, so the methods alone do not explain a difference.
+    Row("sft_at_grpo_rate", "SFT, full, GRPO's rate", "answer", SFT, lr=LR[GRPO]),
+    Row("grpo_direct", "GRPO, direct", "direct", GRPO),
+    Row("grpo_answer", "GRPO, answer", "answer", GRPO),
+    Row("grpo_think", "GRPO, think", "think", GRPO),
+    Row("grpo_lora", "GRPO, LoRA (answer)", "answer", GRPO, lora=True),
 )
-NAMES = [row.name for row in ROWS]
+TRANSFER_ROWS = (
+    Row("untouched", "base", "answer"),
+    *(Row(f"sft_{lr}", "SFT, full", "answer", SFT, lr=float(lr)) for lr in ("1e-4", "3e-4", "1e-3")),
+    *(Row(f"grpo_{lr}", "GRPO", "answer", GRPO, lr=float(lr)) for lr in ("1e-4", "3e-4", "1e-3")),
+    Row("grpo_beta_0", "GRPO, beta 0", "answer", GRPO, lr=3e-4, beta=0.0),
+    Row("sft_lora", "SFT, LoRA", "answer", SFT, lora=True, lr=3e-3),
+    Row("grpo_lora", "GRPO, LoRA", "answer", GRPO, lora=True, lr=3e-3),
+)
 LORA_RANK = 8
+RATES = (1.0, 1 / 3, 3.0)  # factors on a row's learning rate that --tune_rates compares
+
+
+def table_rows(args: argparse.Namespace) -> list[Row]:
+    """List all rows of the table that reproduce.py's args ask for, also the ones that --rows leaves out."""
+    if args.transfer:
+        return list(TRANSFER_ROWS)
+    return [row for row in ROWS if row.lr is None or not args.toy]
 
 
 @dataclass(frozen=True)
@@ -40,15 +63,17 @@ class Job:
     args: argparse.Namespace
     seed: int
     row: Row
+    rate: float = 1.0  # factor on the row's learning rate
 
     def __str__(self) -> str:
-        return f"{self.row.name} of seed {self.seed}"
+        return f"{self.folder.name} of seed {self.seed}"
 
     # ---- files ----
 
     @property
     def folder(self) -> Path:
-        return Path(self.args.out) / f"seed_{self.seed}" / self.row.name
+        name = self.row.name if self.rate == 1 else f"{self.row.name}_x{self.rate:.2g}"
+        return Path(self.args.out) / f"seed_{self.seed}" / name
 
     @property
     def record(self) -> Path:
@@ -69,6 +94,21 @@ class Job:
         return self.folder / "predictions.json"
 
     @property
+    def validation(self) -> Path:
+        """The predictions that chosen_rate scores."""
+        return self.folder / "validation.json"
+
+    @property
+    def clean(self) -> Path:
+        """The predictions for clips without extra noise, with --transfer."""
+        return self.folder / "clean.json"
+
+    @property
+    def measured(self) -> Path:
+        """The figures of transfer.measure."""
+        return self.folder / "measured.json"
+
+    @property
     def log(self) -> Path:
         return self.folder / "log.txt"
 
@@ -79,16 +119,34 @@ class Job:
 
     # ---- settings ----
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of the row's training."""
+        own = (TOY_LR if self.args.toy else LR)[self.row.script] * (LORA_LR if self.row.lora else 1)
+        return (own if self.row.lr is None else self.row.lr) * self.rate
+
     def training_flags(self) -> dict:
         """Return the flags that decide what the row learns. All other flags keep the script's defaults."""
         flags = {"template": self.row.template, "steps": self.args.steps, "seed": self.seed}
         if self.args.toy:
-            lr = TOY_LR[self.row.script] * (LORA_LR if self.row.lora else 1)
-            flags |= {"lr": lr, "dtype": "float32", "max_new_tokens": TOY_TOKENS}
+            flags |= {"lr": self.lr, "dtype": "float32", "max_new_tokens": TOY_TOKENS}
             flags |= {"prompts_per_rank": TOY_PROMPTS // self.args.nproc_per_node}
+        elif self.row.lr is not None or self.rate != 1:
+            flags["lr"] = self.lr
         if self.row.lora:
             flags["lora_rank"] = LORA_RANK
+        if self.row.beta is not None:
+            flags["beta"] = self.row.beta
         return flags
+
+    def evaluations(self) -> dict[Path, tuple[str, str | None]]:
+        """Return the row's predictions files, each with its question file and the folder of relative audio paths."""
+        found: dict = {self.predictions: (self.args.mmau, self.args.mmau_audio_dir)}
+        if self.args.transfer:
+            found[self.clean] = (self.args.clean, None)
+        if self.args.tune_rates and self.row.script and self.seed == 0:
+            found[self.validation] = (self.args.validation, None)
+        return found
 
     def evaluation_flags(self) -> dict:
         flags: dict = {"template": self.row.template}
@@ -116,29 +174,58 @@ class Job:
         return self.has_same_settings() and self.checkpoint.exists()
 
     def is_finished(self) -> bool:
-        """Tell whether the predictions exist, were made with this job's settings and have not been changed since."""
-        written = read_record(self.record).get("predictions_sha256")
-        return self.has_same_settings() and self.predictions.exists() and written == sha256(self.predictions)
+        """Tell whether all results exist, were made with this job's settings and have not been changed since."""
+        results = [*self.evaluations(), *([self.measured] if self.args.transfer else [])]
+        return self.has_same_settings() and all(map(self.has_result, results))
+
+    def has_result(self, path: Path) -> bool:
+        """Tell whether row.json holds the digest of this file of results."""
+        return path.exists() and read_record(self.record).get(f"{path.stem}_sha256") == sha256(path)
 
 
-def jobs(args: argparse.Namespace, seeds: int | None = None, names: list[str] | None = None) -> list[Job]:
-    """List the jobs of a table, seed by seed. The defaults of seeds and of names of rows are args.seeds and args.rows.
+def jobs(args: argparse.Namespace, seeds: int | None = None, all_rows: bool = False) -> list[Job]:
+    """List the jobs of a table, seed by seed: args.seeds seeds, unless told otherwise, and args.rows or all rows.
 
-    The real model is the same for every seed and evaluation is greedy, so its untouched rows need one seed only.
+    The real model is the same for every seed and evaluation is greedy, so its untouched rows need one seed only. With
+    --tune_rates, seed 0 trains at all RATES, later seeds at the chosen one.
     """
     return [
-        Job(args, seed, row)
+        Job(args, seed, row, rate)
         for seed in range(seeds or args.seeds)
-        for row in ROWS
-        if row.name in (names or args.rows) and (seed == 0 or args.toy or row.script)
+        for row in table_rows(args)
+        if (all_rows or row.name in args.rows) and (seed == 0 or args.toy or row.script)
+        for rate in (RATES if args.tune_rates and row.script and seed == 0 else [chosen_rate(args, row)])
     ]
+
+
+def chosen_rate(args: argparse.Namespace, row: Row) -> float:
+    """Return the factor on the row's learning rate that is best on the validation questions with seed 0.
+
+    Of equal rates, the one first in RATES. Rates without a finished job are left out. Without --tune_rates, 1.
+    """
+    if not (args.tune_rates and row.script):
+        return 1.0
+    tried = [job for job in (Job(args, 0, row, rate) for rate in RATES) if job.is_finished()]
+    return max(tried, key=validation_accuracy).rate if tried else 1.0
+
+
+def validation_accuracy(job: Job) -> float:
+    """Compute the share of the validation questions that a finished job has right."""
+    return _accuracy(str(job.validation), sha256(job.validation))
+
+
+@cache
+def _accuracy(path: str, digest: str) -> float:
+    """Score a predictions file once for each of its contents."""
+    questions, predictions = read_predictions(path)
+    return mean(map(is_right, questions, predictions))
 
 
 def finished_jobs(args: argparse.Namespace) -> list[Job]:
     """List all finished jobs, even if --rows and --seeds do not ask for them."""
     numbers = [path.name.removeprefix("seed_") for path in Path(args.out).glob("seed_*")]
     seeds = max([args.seeds, *(int(number) + 1 for number in numbers if number.isdecimal())])
-    return [job for job in jobs(args, seeds, NAMES) if job.is_finished()]
+    return [job for job in jobs(args, seeds, all_rows=True) if job.is_finished()]
 
 
 def read_record(path: Path) -> dict:

@@ -11,27 +11,31 @@ from evaluation.report import TASKS, escape_markdown
 from evaluation.versions import name_files
 from infra.files import write_text
 from infra.pictures import save_picture
-from paper.rows import ROWS, Job, jobs
+from paper.rows import RATES, Job, chosen_rate, jobs, table_rows, validation_accuracy
 
-# Accuracy on MMAU test-mini in percent (arXiv 2503.11197). Only rows whose method and template are those of the paper:
-# its SFT, for example, uses the template `direct`, ours uses `answer`.
+# Accuracy on MMAU test-mini in percent (arXiv 2503.11197, table 2). Its SFT uses the template `direct`, ours `answer`.
+# Its row of zero-shot chain of thought is left out, because its prompt is another one than our `think`.
 PAPER = {
     "untouched_direct": {"sound": 54.95, "music": 50.98, "speech": 42.04, "average": 49.20},
+    "sft_full": {"sound": 60.96, "music": 49.19, "speech": 45.35, "average": 51.80},
+    "sft_lora": {"sound": 58.26, "music": 58.08, "speech": 52.58, "average": 56.40},
     "grpo_answer": {"sound": 69.37, "music": 66.77, "speech": 57.36, "average": 64.50},
     "grpo_think": {"sound": 66.67, "music": 62.87, "speech": 53.75, "average": 61.10},
 }
-COMPARED = ("grpo_answer", "sft_full")  # the paper claims that the first is better
+COMPARED = (("grpo_answer", "sft_full"), ("grpo_answer", "sft_at_grpo_rate"))  # the paper claims that GRPO is better
 
 # ---- numbers ----
 
 
-def results(finished: list[Job], toy: bool) -> dict:
-    """Score the finished jobs: for each row the figures of every seed, and their spread.
+def results(args: argparse.Namespace, finished: list[Job]) -> dict:
+    """Score the finished jobs at their rows' chosen rates: for each row the figures of every seed, and their spread.
 
     Accuracies, intervals and deviations are in percent. `average` is the accuracy over all questions, as in MMAU.
     """
     rights, said, questions = {}, {}, []
-    for job in sorted(finished, key=lambda job: (ROWS.index(job.row), job.seed)):
+    every = table_rows(args)
+    finished = [job for job in finished if job.rate == chosen_rate(args, job.row)]
+    for job in sorted(finished, key=lambda job: (every.index(job.row), job.seed)):
         questions, predictions = scores.read_predictions(str(job.predictions))
         rights[job.row.name, job.seed] = [
             scores.is_right(question, text) for question, text in zip(questions, predictions, strict=True)
@@ -40,27 +44,55 @@ def results(finished: list[Job], toy: bool) -> dict:
     tasks = {question.task for question in questions if question.task is not None}
     columns = [*scores.in_order(tasks | TASKS), "average"]
     rows = []
-    for row in ROWS:
-        seeds = {seed: _score(questions, own) for (name, seed), own in rights.items() if name == row.name}
+    for row in every:
+        own_rights = {seed: own for (name, seed), own in rights.items() if name == row.name}
+        seeds = {seed: _score(questions, own) for seed, own in own_rights.items()}
         spread = {}
         for column in columns:
             shares = [own[column]["accuracy"] for own in seeds.values() if column in own]
             if shares:
                 spread[column] = {"mean": mean(shares), "min": min(shares), "max": max(shares)}
                 spread[column]["deviation"] = stdev(shares) if len(shares) > 1 else None
-        paper = None if toy else PAPER.get(row.name)
-        rows.append({"row": row.name, "title": row.title, "seeds": seeds, "spread": spread, "paper": paper})
-    tests = []
-    for seed in sorted({job.seed for job in finished}):
-        pair = [rights[name, seed] for name in COMPARED if (name, seed) in rights]
-        if len(pair) == len(COMPARED):
-            only_a, only_b = scores.discordant(*pair)
-            test = {"seed": seed, "a": COMPARED[0], "b": COMPARED[1], "only_a": only_a, "only_b": only_b}
-            tests.append(test | {"p": scores.mcnemar_exact(only_a, only_b)})
+        if seeds:
+            low, high = scores.resampled_interval(list(own_rights.values()))
+            spread["average"] |= {"low": 100 * low, "high": 100 * high}
+        lr = Job(args, 0, row, chosen_rate(args, row)).lr if row.script else None
+        paper = None if args.toy else PAPER.get(row.name)
+        rows.append({"row": row.name, "title": row.title, "lr": lr, "seeds": seeds, "spread": spread, "paper": paper})
+    pairs = [compare(rights, *pair) for pair in COMPARED]
     chance = 100 * scores.guessing(questions) if questions else None
-    found = {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows, "mcnemar": tests}
+    found = {"questions": len(questions), "guessing": chance, "columns": columns, "rows": rows}
+    found |= {"pairs": [pair for pair in pairs if pair["seeds"]]}
     files = name_files({str(job): str(job.predictions) for job in finished})
     return found | {"exact_comparison": scores.exact_figures(questions, said), "question_file": files}
+
+
+def compare(rights: dict[tuple[str, int], list[bool]], a: str, b: str) -> dict:
+    """Compare two rows on the same questions, seed by seed: McNemar's exact test, and the mean difference in percent.
+
+    rights: (row, seed) -> whether each question is right. The 95% interval draws seeds and questions anew.
+    """
+    seeds, differences = {}, []
+    for seed in sorted({seed for _, seed in rights}):
+        if (a, seed) in rights and (b, seed) in rights:
+            only_a, only_b = scores.discordant(rights[a, seed], rights[b, seed])
+            seeds[seed] = {"only_a": only_a, "only_b": only_b, "p": scores.mcnemar_exact(only_a, only_b)}
+            differences.append([x - y for x, y in zip(rights[a, seed], rights[b, seed])])
+    found: dict = {"a": a, "b": b, "seeds": seeds}
+    if differences:
+        low, high = scores.resampled_interval(differences)
+        found |= {"difference": 100 * mean(map(mean, differences)), "low": 100 * low, "high": 100 * high}
+    return found
+
+
+def tuned(args: argparse.Namespace, finished: list[Job]) -> list[dict]:
+    """List the accuracy on the validation questions, in percent, for each row and learning rate of seed 0."""
+    found = []
+    for job in finished if args.tune_rates else []:
+        if job.row.script and job.seed == 0:
+            accuracy, chosen = 100 * validation_accuracy(job), job.rate == chosen_rate(args, job.row)
+            found.append({"row": job.row.name, "rate": job.rate, "lr": job.lr, "accuracy": accuracy, "chosen": chosen})
+    return found
 
 
 def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
@@ -79,8 +111,8 @@ def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
 
 def write_table(args: argparse.Namespace, finished: list[Job], picture: bool) -> str:
     """Write results.json and table.md into args.out and, if asked for, table.png. Return the table's text."""
-    found, out = caption(args, finished) | results(finished, args.toy), Path(args.out)
-    text = markdown(args, found)
+    found, out = caption(args, finished) | results(args, finished) | {"rates": tuned(args, finished)}, Path(args.out)
+    text = markdown(args, finished, found)
     write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(out / "table.md", text)
     if picture and found["questions"]:
@@ -95,20 +127,16 @@ def caption(args: argparse.Namespace, finished: list[Job]) -> dict:
     return about | ({"label_noise": args.label_noise, "heldout_noise": args.heldout_noise} if args.toy else {})
 
 
-def markdown(args: argparse.Namespace, found: dict) -> str:
+def markdown(args: argparse.Namespace, finished: list[Job], found: dict) -> str:
     """Format the table as in the paper, with notes above and McNemar's tests below. found: caption and results."""
     columns, published = found["columns"], not args.toy
-    seeds_of = {row["row"]: row["seeds"] for row in found["rows"]}
-    last = max((seed for seeds in seeds_of.values() for seed in seeds), default=0)  # may be from an earlier call
-    asked = jobs(args, seeds=max(args.seeds, last + 1))
-    missing = [str(job) for job in asked if job.seed not in seeds_of[job.row.name]]
     known = ("sound", "music", "speech", "average") if published else ()
-    table = [["", *map(escape_markdown, columns), *(f"paper: {column}" for column in known)]]
+    table = [["", "rate", *map(escape_markdown, columns), *(f"paper: {column}" for column in known)]]
     for row in found["rows"]:
         cells = [_cell(row, column) for column in columns]
-        table.append([row["title"], *cells, *(_published(row, column) for column in known)])
+        table.append([row["title"], rate_text(row["lr"]), *cells, *(_published(row, column) for column in known)])
     if found["questions"]:
-        table.append(["guessing", *[""] * (len(columns) - 1), f"{found['guessing']:.2f}", *[""] * len(known)])
+        table.append(["guessing", *[""] * len(columns), f"{found['guessing']:.2f}", *[""] * len(known)])
 
     noise = f"; label noise {args.label_noise:g}, held-out noise {args.heldout_noise:g}" if args.toy else ""
     lines = [
@@ -117,31 +145,60 @@ def markdown(args: argparse.Namespace, found: dict) -> str:
         escape_markdown(f"Model: {found['model']}. {found['questions']} questions of {args.mmau}{noise}."),
         f"Every trained row: {args.steps} steps on the same questions in the same order, evaluated by its last "
         "checkpoint, greedily, with the template it was trained with.",
-        "Accuracy in percent by MMAU's rule; average: over all questions. In brackets: 95% Wilson intervals.",
+        "Accuracy in percent by MMAU's rule; average: over all questions. In brackets: 95% intervals.",
     ]
     if found["seeds"] > 1:
-        lines[-1] += f" Mean ± standard deviation over {found['seeds']} seeds (lowest to highest)."
+        lines[-1] += f" Mean ± standard deviation over {found['seeds']} seeds; the interval draws seeds and questions."
         lines[-1] += "" if args.toy else " The untouched model is the same for every seed."
-    if missing:
-        lines.append(f"Not finished: {', '.join(missing)}.")
+    lines += unfinished(args, finished)
     if published:
         lines.append(
             "Paper: arXiv 2503.11197, MMAU test-mini from before v05.15.25, whose questions differ; empty if the paper "
-            "has no row of this template."
+            "has no such row. Its SFT uses the template `direct`."
         )
-    lines += ["", *_lines(table), "", *verdicts(found)]
+    lines += ["", *table_lines(table), "", *rates_lines(found["rates"]), *verdicts(found)]
     lines += [f"- {escape_markdown(line)}" for line in found["exact_comparison"] + found["question_file"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def unfinished(args: argparse.Namespace, finished: list[Job]) -> list[str]:
+    """Name the missing rows of all seeds, also of seeds that only an earlier call asked for. Returns at most a line."""
+    seeds = max([args.seeds, *(job.seed + 1 for job in finished)])
+    missing = [str(job) for job in jobs(args, seeds) if job not in finished]
+    return [f"Not finished: {', '.join(missing)}."] if missing else []
+
+
+def rates_lines(rates: list[dict]) -> list[str]:
+    """Format the accuracy of each row at each learning rate, with the chosen one in bold."""
+    if not rates:
+        return []
+    cells: dict[str, dict[float, str]] = {}
+    for own in rates:
+        text = f"{own['accuracy']:.2f} ({rate_text(own['lr'])})"
+        cells.setdefault(own["row"], {})[own["rate"]] = f"**{text}**" if own["chosen"] else text
+    order = sorted(RATES)
+    table = [["", *(f"x{rate:.2g}" for rate in order)]]
+    table += [[row, *(own.get(rate, "-") for rate in order)] for row, own in cells.items()]
+    about = (
+        "Accuracy on the validation questions with seed 0, by factor on the learning rate (rate in brackets, chosen "
+    )
+    return [about + "one in bold):", "", *table_lines(table), ""]
+
+
 def verdicts(found: dict) -> list[str]:
-    """Tell for each seed whether GRPO or supervised fine-tuning is better."""
-    titles = {row.name: row.title for row in ROWS}
-    return [
-        f"- seed {test['seed']}: "
-        + scores.verdict(test["only_a"], test["only_b"], titles[test["a"]], titles[test["b"]])
-        for test in found["mcnemar"]
-    ]
+    """Compare the rows of each pair: the mean difference, and McNemar's exact test for each seed."""
+    titles, lines = {row["row"]: row["title"] for row in found["rows"]}, []
+    for pair in found["pairs"]:
+        a, b = titles[pair["a"]], titles[pair["b"]]
+        lines.append(f"- {a} minus {b}: {pair['difference']:+.2f} points [{pair['low']:+.2f}, {pair['high']:+.2f}]")
+        for seed, test in pair["seeds"].items():
+            lines.append(f"  - seed {seed}: {scores.verdict(test['only_a'], test['only_b'], a, b)}")
+    return lines
+
+
+def rate_text(lr: float | None) -> str:
+    """Format a learning rate, as in 3e-4. Rows without a training have none."""
+    return "" if lr is None else f"{lr:.1e}".replace(".0e", "e").replace("e-0", "e-")
 
 
 def _cell(row: dict, column: str) -> str:
@@ -150,7 +207,8 @@ def _cell(row: dict, column: str) -> str:
     if spread is None:
         return "-"
     if len(row["seeds"]) > 1:
-        return f"{spread['mean']:.2f} ± {spread['deviation']:.2f} ({spread['min']:.2f} to {spread['max']:.2f})"
+        interval = f" [{spread['low']:.2f}, {spread['high']:.2f}]" if "low" in spread else ""
+        return f"{spread['mean']:.2f} ± {spread['deviation']:.2f}{interval}"
     (own,) = row["seeds"].values()
     return f"{own[column]['accuracy']:.2f} [{own[column]['low']:.2f}, {own[column]['high']:.2f}]"
 
@@ -159,7 +217,7 @@ def _published(row: dict, column: str) -> str:
     return f"{row['paper'][column]:.2f}" if row["paper"] else ""
 
 
-def _lines(table: list[list[str]]) -> list[str]:
+def table_lines(table: list[list[str]]) -> list[str]:
     """Format a Markdown table whose source is aligned and easy to read, too."""
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = []

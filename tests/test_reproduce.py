@@ -63,13 +63,16 @@ for step in range(first, steps + 1):
         sys.exit(0)
 (out / f"step_{steps:06d}").mkdir()
 """
-# The name of the row and the seed decide which questions are right.
+# The name of the row and the seed decide which questions are right. Of the validation questions, it is the rate.
 EVALUATE = """
 name, seed = Path(flags["out"]).parts[-2], int(Path(flags["out"]).parts[-3][5:])
 assert Path(flags["ckpt"]).is_dir()
 records = json.loads(Path(flags["data"]).read_text())
+limit = {"untouched": 3, "sft": 5, "grpo": 8}[name.split("_")[0]]
+if Path(flags["out"]).stem == "validation":
+    limit = {"sft_full_x3": 6, "grpo_answer_x0.33": 9}.get(name, 5)
 for i, record in enumerate(records):
-    right = (i * 7 + seed) % 10 < {"untouched": 3, "sft": 5, "grpo": 8}[name.split("_")[0]]
+    right = (i * 7 + seed) % 10 < limit
     record["model_prediction"] = record["answer"] if right else "nothing of these"
 Path(flags["out"]).write_text(json.dumps(records))
 """
@@ -94,8 +97,23 @@ def stubs(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "ROOT", folder)
     monkeypatch.setattr(toy_model, "make_world", make_world)
     monkeypatch.setattr(toy_model, "make_base", lambda questions, out, seed: out.mkdir(parents=True))
+    monkeypatch.setattr(reproduce, "make_transfer", make_transfer)
+    monkeypatch.setattr(reproduce, "measure", measure)
     monkeypatch.chdir(tmp_path)
     return folder
+
+
+def make_transfer(worlds, base, seed):
+    """Make what transfer.make_transfer makes, small."""
+    for name in ("known", "trained", "test", "clean"):
+        make_world(worlds / name)
+    base.mkdir(parents=True, exist_ok=True)
+
+
+def measure(checkpoint, base, questions, template, seed):
+    """Return figures like those of transfer.measure."""
+    assert Path(checkpoint).is_dir() and Path(base).is_dir() and template == "answer"
+    return {"among_choices": ["dog"] * len(questions), "kl": [float(seed)] * len(questions)}
 
 
 def make_world(folder, **noise):
@@ -152,7 +170,7 @@ def test_every_row_is_run_and_shown(stubs, tmp_path, monkeypatch, capfd):
     assert all(int(call["prompts_per_rank"]) == 16 for call in trained)
 
     found = json.loads((out / "results.json").read_text())
-    assert [row["row"] for row in found["rows"]] == rows.NAMES
+    assert len(found["rows"]) == 9 and len(rows.ROWS) == 10
     for row in found["rows"]:
         assert [own["average"]["right"] for own in row["seeds"].values()] == [right(row["row"], s) for s in range(2)]
         kept = [path.name for path in (out / "seed_1" / row["row"] / "run").glob("*")]
@@ -177,7 +195,7 @@ def test_fewer_seeds_keep_the_table(stubs, tmp_path, monkeypatch, capfd):
     shutil.rmtree(tmp_path / "t" / "seed_1")
     assert command_line(monkeypatch, *rows, "--seeds", 1) == 0
     found = json.loads((tmp_path / "t" / "results.json").read_text())
-    assert found["seeds"] == 2 and [test["seed"] for test in found["mcnemar"]] == [0, 2]
+    assert found["seeds"] == 2 and list(found["pairs"][0]["seeds"]) == ["0", "2"]
     assert "Not finished: sft_full of seed 1, grpo_answer of seed 1." in (tmp_path / "t" / "table.md").read_text()
     assert "t: table.md, table.png, results.json" in capfd.readouterr().out
     (stubs / "fail_sft_full").touch()
@@ -198,7 +216,8 @@ def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch, ca
     (tmp_path / "m").mkdir()
     real = ("--model", "m", "--data", "w/train.jsonl", "--mmau", "w/heldout.json", "--out", "real", "--seeds", 2)
     assert command_line(monkeypatch, *real) == 0
-    assert len(calls(stubs)) == 3 + 2 * 12 and not any("lr" in c and "lora_rank" not in c for c in calls(stubs))
+    assert len(calls(stubs)) == 3 + 2 * 14
+    assert {Path(c["out"]).parts[-2] for c in calls(stubs) if "lr" in c} == {"sft_at_grpo_rate"}
     assert "64.50" in (tmp_path / "real" / "table.md").read_text()  # the paper's figure
     assert sorted(checked) == [(name, strict) for name in ("answer", "direct", "think") for strict in (False, True)]
     (tmp_path / "m" / "model.safetensors").touch()
@@ -209,6 +228,69 @@ def test_real_model_is_evaluated_untouched_once(stubs, tmp_path, monkeypatch, ca
     del settings["model_digest"]  # as in older tables
     (tmp_path / "real" / "reproduce.json").write_text(json.dumps(settings))
     assert command_line(monkeypatch, *real) == 0
+
+
+def test_the_rate_is_chosen_on_the_validation_questions(stubs, tmp_path, monkeypatch, capfd):
+    """Seed 0 trains at three rates, the other seeds at the best of them. The test questions have no say."""
+    flags = ("--out", "t", "--rows", "untouched_answer,sft_full,grpo_answer", "--seeds", 2)
+    assert command_line(monkeypatch, *flags, "--seeds", 1) == 0
+    assert "two more learning rates of each trained row (--tune_rates): unknown" in capfd.readouterr().out
+    before = len(calls(stubs))
+    assert command_line(monkeypatch, *flags, "--tune_rates") == 0
+    made = calls(stubs)[before:]
+    trained = [(Path(call["out"]).parent.name, call["seed"], float(call["lr"])) for call in made if "steps" in call]
+    assert trained == [
+        ("sft_full_x0.33", "0", pytest.approx(1e-3 / 3)), ("sft_full_x3", "0", pytest.approx(3e-3)),
+        ("grpo_answer_x0.33", "0", pytest.approx(1e-4)), ("grpo_answer_x3", "0", pytest.approx(9e-4)),
+        ("sft_full_x3", "1", pytest.approx(3e-3)), ("grpo_answer_x0.33", "1", pytest.approx(1e-4)),
+    ]  # fmt: skip
+    scored = [Path(call["out"]).relative_to("t") for call in made if "ckpt" in call]
+    assert Path("seed_0/sft_full/validation.json") in scored and Path("seed_0/sft_full/predictions.json") not in scored
+    assert json.loads((tmp_path / "t" / "validation" / "noise.json").read_text()) == {
+        "num_train": 0, "seed": 1, "heldout_noise": 1.0
+    }  # fmt: skip
+    found, table = (tmp_path / "t" / "results.json").read_text(), (tmp_path / "t" / "table.md").read_text()
+    chosen = {rate["row"]: rate["lr"] for rate in json.loads(found)["rates"] if rate["chosen"]}
+    assert chosen == {"sft_full": pytest.approx(3e-3), "grpo_answer": pytest.approx(1e-4)}
+    assert "**60.00 (3e-3)**" in table and "50.00 (1e-3)" in table and "**90.00 (1e-4)**" in table
+    assert {row["row"]: row["lr"] for row in json.loads(found)["rows"] if row["seeds"] and row["lr"]} == chosen
+    assert "sft_full_x3 of seed 0" not in table and "Not finished" not in table
+    before = len(calls(stubs))
+    assert command_line(monkeypatch, *flags, "--tune_rates") == 0 and len(calls(stubs)) == before
+    shutil.rmtree(tmp_path / "t" / "seed_0" / "grpo_answer_x3")
+    (stubs / "fail_grpo_answer_x3").touch()
+    assert command_line(monkeypatch, *flags, "--tune_rates") == 1
+    assert "Not finished: grpo_answer_x3 of seed 0." in (tmp_path / "t" / "table.md").read_text()
+    capfd.readouterr()
+    assert command_line(monkeypatch, *flags, "--dry_run") == 0
+    # 2 rows: 2 more trainings of 3 steps at 2 and 4 s
+    assert "two more learning rates of each trained row (--tune_rates): 36 s of training" in capfd.readouterr().out
+
+
+def test_transfer(stubs, tmp_path, monkeypatch, capfd):
+    """Two seeds: what is called and written, and that a result that was changed is made again."""
+    assert command_line(monkeypatch, "--transfer", "--seeds", 2, "--out", "t") == 0
+    made = calls(stubs)
+    trained = [(Path(call["out"]).parent.name, float(call["lr"]), call.get("beta")) for call in made if "steps" in call]
+    assert trained[:7] == trained[7:] == [
+        ("sft_1e-4", 1e-4, None), ("sft_3e-4", 3e-4, None), ("sft_1e-3", 1e-3, None), ("grpo_1e-4", 1e-4, None),
+        ("grpo_3e-4", 3e-4, None), ("grpo_1e-3", 1e-3, None), ("grpo_beta_0", 3e-4, "0.0"),
+    ]  # fmt: skip
+    assert {call["data"] for call in made if "steps" in call} == {"t/worlds/trained/heldout.json"}
+    scored = {(Path(call["out"]).name, call["data"]) for call in made if "ckpt" in call}
+    assert scored == {("predictions.json", "t/worlds/test/heldout.json"), ("clean.json", "t/worlds/clean/heldout.json")}
+    found = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert [row["columns"]["kl"]["mean"] for row in found["rows"] if row["columns"]] == [0.5] * 8
+    assert "16 of 16 rows" not in capfd.readouterr().out
+    (tmp_path / "t" / "seed_1" / "sft_1e-3" / "measured.json").write_text("{}")
+    (tmp_path / "t" / "seed_1" / "sft_3e-4" / "clean.json").unlink()
+    assert command_line(monkeypatch, "--transfer", "--seeds", 2, "--out", "t") == 0
+    assert [Path(call["out"]).relative_to("t/seed_1") for call in calls(stubs)[len(made) :]] == [
+        Path("sft_3e-4/clean.json")
+    ]
+    assert json.loads((tmp_path / "t" / "results.json").read_text()) == found
+    assert command_line(monkeypatch, "--out", "t") == 1
+    assert "t: holds the rows of another table, transfer True (now False)" in capfd.readouterr().err
 
 
 # ---- continuing ----
@@ -363,6 +445,10 @@ def test_dry_run_writes_nothing(stubs, tmp_path, monkeypatch, capfd):
     ("--data d", "--data needs --model"),
     ("--model m --data d", "--model needs --mmau, a file of questions"),
     ("--model m --data d --mmau e --label_noise 0.1", "--label_noise and --heldout_noise are for the toy"),
+    ("--model m --data d --mmau e --tune_rates", "with --model, --tune_rates and --validation go together"),
+    ("--validation v", "--validation needs --model"),
+    ("--transfer --tune_rates", "--transfer does not go with --model, --tune_rates, --label_noise and --heldout_noise"),
+    ("--transfer --rows sft_full", "--rows: there is no row 'sft_full'; choose from untouched, sft_1e-4, "),
     ("--seeds 0", "--seeds must be at least 1, not 0"),
     ("--steps 0", "--steps must be at least 1, not 0"),
     ("--nproc_per_node 0", "--nproc_per_node must be at least 1, not 0"),
@@ -398,7 +484,7 @@ def test_real_scripts(tmp_path):
     found = json.loads((tmp_path / "t" / "results.json").read_text())
     assert found["questions"] == 600
     assert all(0 <= row["spread"]["average"]["mean"] <= 100 for row in found["rows"])
-    for row in rows.ROWS[3:]:
+    for row in [row for row in rows.ROWS if row.script and row.lr is None]:
         run = tmp_path / "t" / "seed_0" / row.name / "run"
         (checkpoint,) = run.glob("step_*")
         assert checkpoint.name == "step_000002" and not (run / "resume").exists()

@@ -19,7 +19,9 @@ def test_each_row_gets_its_flags():
     for flags in ([], ["--model", "m", "--data", "d", "--mmau", "e", "--nproc_per_node", "8"]):
         args = reproduce.parse_args(flags)
         commands = {job.row.name: training_command(job) for job in rows.jobs(args) if job.row.script}
-        assert list(commands) == rows.NAMES[3:]
+        assert list(commands) == [row.name for row in rows.table_rows(args)[3:]]
+        rate = commands.pop("sft_at_grpo_rate", None)
+        assert (rate is None) == args.toy and (args.toy or rate[rate.index("--lr") + 1] == "1e-06")
         told = {name: dict(zip(command, command[1:])) for name, command in commands.items()}
         assert {name: own["--template"] for name, own in told.items()} == {
             "sft_full": "answer", "sft_lora": "answer", "grpo_direct": "direct", "grpo_answer": "answer",

@@ -76,6 +76,30 @@ def test_wilson_interval_at_the_edges():
     assert wide[0] < narrow[0] < 0.3 < narrow[1] < wide[1]
 
 
+# ---- an interval over seeds and questions ----
+
+
+def test_resampled_interval_against_drawing_one_by_one():
+    rng = random.Random(0)
+    values = [[float(rng.random() < share) for _ in range(40)] for share in (0.5, 0.7, 0.9)]
+    means = []
+    for _ in range(4000):
+        seeds = rng.choices(range(3), k=3)
+        questions = rng.choices(range(40), k=40)
+        means.append(statistics.mean(values[seed][question] for seed in seeds for question in questions))
+    ends = statistics.quantiles(means, n=40)
+    assert scores.resampled_interval(values) == pytest.approx((ends[0], ends[-1]), abs=0.02)
+
+
+def test_resampled_interval_of_questions_or_seeds_alone():
+    """One seed: nearly Wilson's interval. Questions that do not differ: only the seeds vary."""
+    assert scores.resampled_interval([[1.0] * 480 + [0.0] * 120]) == pytest.approx(
+        scores.wilson_interval(480, 600), abs=0.004
+    )
+    assert scores.resampled_interval([[0.25] * 7, [0.75] * 7]) == (0.25, 0.75)
+    assert scores.resampled_interval([[-1.0, 1.0] * 50] * 3) == pytest.approx((-0.196, 0.196), abs=0.02)
+
+
 # ---- McNemar's test ----
 
 

@@ -50,7 +50,8 @@ def test_figures_against_counting_by_hand(tmp_path):
     text = table.write_table(args, jobs, picture=True)
     assert (tmp_path / "table.md").read_text() == text
     found, shown = json.loads((tmp_path / "results.json").read_text()), cells(text)
-    assert [row["row"] for row in found["rows"]] == rows.NAMES and all(row["paper"] is None for row in found["rows"])
+    assert [row["row"] for row in found["rows"]] == [row.name for row in rows.table_rows(args)]
+    assert all(row["paper"] is None for row in found["rows"])
     for row in found["rows"]:
         for seed in range(2):
             own, right = row["seeds"][str(seed)], expected(row["row"], seed)
@@ -61,17 +62,23 @@ def test_figures_against_counting_by_hand(tmp_path):
                 for end in (own[task]["low"] / 100, own[task]["high"] / 100):
                     assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / len(right[t::3])), 1e-3)
         music = [100 * sum(part) / len(part) for part in (expected(row["row"], seed)[1::3] for seed in range(2))]
-        spread = f"{statistics.mean(music):.2f} ± {statistics.stdev(music):.2f} ({min(music):.2f} to {max(music):.2f})"
-        assert shown[row["title"]][1] == spread
-    for seed, test in enumerate(found["mcnemar"]):
-        pairs = list(zip(expected("grpo_answer", seed), expected("sft_full", seed)))
-        only = pairs.count((True, False)), pairs.count((False, True))
+        assert shown[row["title"]][2] == f"{statistics.mean(music):.2f} ± {statistics.stdev(music):.2f}"
+    (pair,) = found["pairs"]
+    both = {seed: list(zip(expected("grpo_answer", seed), expected("sft_full", seed))) for seed in range(2)}
+    for seed, pairs in both.items():
+        test, only = pair["seeds"][str(seed)], (pairs.count((True, False)), pairs.count((False, True)))
         assert (test["only_a"], test["only_b"]) == only
         tail = sum(math.comb(sum(only), k) for k in range(min(only) + 1)) / 2 ** sum(only)
         assert test["p"] == pytest.approx(min(1, 2 * tail))
+    differences = [a - b for pairs in both.values() for a, b in pairs]
+    assert pair["difference"] == pytest.approx(100 * statistics.mean(differences))
+    assert pair["low"] < pair["difference"] < pair["high"]
+    assert f"GRPO, answer minus SFT, full: {pair['difference']:+.2f} points" in text
     assert "seed 1: only GRPO, answer right: " in text and "GRPO, answer is better" in text
     assert "last checkpoint" in text and "Not finished" not in text and "paper" not in text
-    assert shown["guessing"][3] == "33.33"
+    assert shown["guessing"][4] == "33.33" and [shown[title][0] for title in ("SFT, LoRA", "GRPO, think")] == [
+        "1e-2", "3e-4"
+    ]  # fmt: skip
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
@@ -81,18 +88,23 @@ def test_paper_columns_stand_beside_the_real_model(real):
     for job in jobs:
         finish(job)
     text = table.write_table(real, jobs, picture=False)
-    shown = {title: line[4:] for title, line in cells(text).items()}
+    shown = {title: line[5:] for title, line in cells(text).items()}
+    assert cells(text)["SFT, full, GRPO's rate"][0] == cells(text)["GRPO, answer"][0] == "1e-6"
+    assert "GRPO, answer minus SFT, full, GRPO's rate: " in text
+    assert shown["SFT, full"] == ["60.96", "49.19", "45.35", "51.80"]
+    assert shown["SFT, LoRA"] == ["58.26", "58.08", "52.58", "56.40"]
     assert shown["untouched, direct"] == ["54.95", "50.98", "42.04", "49.20"]
     assert shown["GRPO, answer"] == ["69.37", "66.77", "57.36", "64.50"]
     assert shown["GRPO, think"] == ["66.67", "62.87", "53.75", "61.10"]
-    for title in ("SFT, full", "SFT, LoRA", "untouched, answer", "untouched, think", "GRPO, direct"):
+    for title in ("SFT, full, GRPO's rate", "untouched, answer", "untouched, think", "GRPO, direct"):
         assert shown[title] == ["", "", "", ""]
     assert "±" in text and "[" in text.split("untouched, think")[1].splitlines()[0]  # one seed: an interval
 
 
 def test_questions_that_the_rule_cannot_tell_apart_have_a_second_figure(real):
     """The other figures stay MMAU's. Guessing is the share of choices that the rule calls right."""
-    jobs = rows.jobs(real, seeds=1, names=["untouched_answer", "sft_full"])
+    real.rows = ["untouched_answer", "sft_full"]
+    jobs = rows.jobs(real, seeds=1)
     for job in jobs:
         finish(job, choices=["C", "C#"], answer="C#", model_prediction="C#" if job.row.script else "C")
     text = table.write_table(real, jobs, picture=False)
@@ -100,13 +112,13 @@ def test_questions_that_the_rule_cannot_tell_apart_have_a_second_figure(real):
     assert lines[0].startswith("- MMAU's rule cannot tell the choices of 40 questions apart: 0, 1, 2, ")
     assert lines[1].replace("\\", "").endswith("these: untouched_answer of seed 0 0.00%, sft_full of seed 0 100.00%")
     shown = cells(text)
-    assert shown["untouched, answer"][3].startswith("100.00 ") and shown["guessing"][3] == "100.00"
+    assert shown["untouched, answer"][4].startswith("100.00 ") and shown["guessing"][4] == "100.00"
 
 
 def test_unfinished_rows_are_named(real, tmp_path):
     """Also those of a seed that only an earlier call asked for. No finished row: no picture and no figures."""
     text = table.write_table(real, [], picture=True)
-    assert not (tmp_path / "table.png").exists() and cells(text)["SFT, full"] == ["-"] * 4 + [""] * 4
+    assert not (tmp_path / "table.png").exists() and cells(text)["SFT, full"][1:5] == ["-"] * 4
     real.rows, real.seeds = ["sft_full", "grpo_answer"], 1
     finished = [job for job in rows.jobs(real, seeds=3) if job.seed != 1]
     for job in finished:
@@ -117,4 +129,4 @@ def test_unfinished_rows_are_named(real, tmp_path):
         and "Mean ± standard deviation over 2 seeds" in text
     )
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["seeds"] == 2 and [test["seed"] for test in found["mcnemar"]] == [0, 2]
+    assert found["seeds"] == 2 and list(found["pairs"][0]["seeds"]) == ["0", "2"]

@@ -1,4 +1,4 @@
-"""The toy's clips and questions: heldout_noise and label_noise change what they name and nothing else."""
+"""The toy's clips and questions: noise, wrong labels and wordings change what they name and nothing else."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from training.toy_world import with_label_noise, write_world
+from training.toy_world import KINDS, with_label_noise, write_world
 
 
 def read(folder):
@@ -18,9 +18,10 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    """The same small world three times: plain, with ten times the held-out noise, and with half of the labels wrong."""
+    """The same small world: plain, with ten times the held-out noise, with half of the labels wrong, in other words."""
     folder = tmp_path_factory.mktemp("worlds")
     changes = {"plain": {}, "noisy": {"heldout_noise": 10.0}, "mislabelled": {"label_noise": 0.5}}
+    changes["reworded"] = {"wordings": (2, 1)}
     for name, change in changes.items():
         write_world(folder / name, num_train=20, num_heldout=20, **change)
     return {name: read(folder / name) for name in changes}
@@ -46,6 +47,18 @@ def test_label_noise_changes_training_answers_alone(worlds):
     assert heldout == noisy_heldout and all(np.array_equal(clips[name], noisy_clips[name]) for name in clips)
     assert sum(a["answer"] != b["answer"] for a, b in zip(train, noisy_train)) == 10
     assert [a | {"answer": 0} for a in train] == [b | {"answer": 0} for b in noisy_train]
+
+
+def test_wordings_change_the_texts_alone(worlds):
+    """Each answer comes once in every 20 questions; then the next wording is used."""
+    (train, heldout, clips), (other_train, other_heldout, other_clips) = worlds["plain"], worlds["reworded"]
+    assert clips.keys() == other_clips.keys() and all(np.array_equal(clips[name], other_clips[name]) for name in clips)
+    worded = {kind[2][0].replace("video", "audio"): kind[2] for kind in KINDS}
+    for before, after, number in [*zip(train, other_train, [2] * 20), *zip(heldout, other_heldout, [1] * 20)]:
+        key = "question" if "question" in before else "question_text"
+        texts = worded[before[key].replace("video", "audio")]
+        assert after[key].replace("video", "audio") == texts[number].replace("video", "audio")
+        assert after | {key: before[key], "question_type": 0} == before | {"question_type": 0}
 
 
 def test_with_label_noise():

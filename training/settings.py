@@ -8,19 +8,23 @@ from infra.flags import AUTO_ON_OFF, ON_OFF, Parser
 from model.checkpoints import DTYPES
 from training.toy_model import FOLDER, paths
 
+# ---- learning rates ----
+
+LR = {"grpo_aqa.py": 1e-6, "sft_aqa.py": 1e-5}  # with --model; GRPO's is the paper's
+TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}
+LORA_LR = 10  # LoRA works best at about 10x the full fine-tuning rate (thinkingmachines.ai/blog/lora)
+
 # ---- the toy: what a script trains without --model ----
 
 TOY_MODEL, TOY_DATA, TOY_HELDOUT = map(str, paths(FOLDER))  # made by the first run, found by later ones
 TOY_STEPS = 360
 TOY_PROMPTS = 16  # per step over all ranks: the toy learns the same on 1, 2 and 8 ranks
 TOY_TOKENS = 32  # longest completion
-TOY_LR = {"grpo_aqa.py": 3e-4, "sft_aqa.py": 1e-3}
 TOY = dict(steps=TOY_STEPS, max_new_tokens=TOY_TOKENS, dtype="float32", heldout_every=60)
 
 # ---- LoRA ----
 
 LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # language model; q, k, v also in the tower
-LORA_LR = 10  # LoRA works best at about 10x the full fine-tuning rate (thinkingmachines.ai/blog/lora)
 
 # ---- the command line ----
 

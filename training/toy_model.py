@@ -147,17 +147,17 @@ def make_once(folder: Path, make: Callable[[], None]) -> None:
                 make()
 
 
-def make_world(folder: Path, heldout_noise: float = 1.0, label_noise: float = 0.0) -> None:
+def make_world(folder: Path, **settings) -> None:
     """Write the toy's sounds and questions to `folder` with write_world, unless the folder exists.
 
-    The folder is complete or missing, even if the run is killed meanwhile.
+    The folder is complete or missing, even if the run is killed meanwhile. settings: keywords of write_world.
     """
 
     def make():
         print(f"making sounds and questions in {folder}", flush=True)
         with writing(folder, lambda: "check the disk, then try again"):
             unfinished = begin_folder(folder)
-            write_world(unfinished, heldout_noise=heldout_noise, label_noise=label_noise)
+            write_world(unfinished, **settings)
             require_ownership()
             unfinished.rename(folder)
 

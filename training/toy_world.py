@@ -5,6 +5,7 @@ noise. Training questions are in the R1-AQA format. Held-out questions are about
 """
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,17 +103,22 @@ FORMANTS = {"ah": (750, 1200), "ee": (300, 2400), "oo": (320, 800), "eh": (550, 
 
 # ---- questions ----
 
-# task, sub-category, question, and the sound of each possible answer
+# task, sub-category, three wordings of the question, and the sound of each possible answer
 KINDS = [
-    ("sound", "Sound Source", "What makes the sound in the video?",
+    ("sound", "Sound Source",
+     ("What makes the sound in the video?", "Which of these is heard in the video?", "What can you hear in the video?"),
      {make.__name__: make for make in (rain, clock, siren, engine, whistle, bird)}),
-    ("music", "Instrument", "Which instrument plays in the video?",
+    ("music", "Instrument",
+     ("Which instrument plays in the video?", "What is played in the video?", "Name the instrument."),
      {name: instrument(name) for name in ("flute", "violin", "guitar", "organ")}),
-    ("music", "Melody", "How does the melody in the video move?",
+    ("music", "Melody",
+     ("How does the melody in the video move?", "What does the pitch in the video do?", "Where does the tune go?"),
      {move: melody(move) for move in ("rises", "falls", "stays the same")}),
-    ("speech", "Vowel", "Which vowel does the voice in the video hold?",
+    ("speech", "Vowel",
+     ("Which vowel does the voice in the video hold?", "What does the voice in the video say?", "Name the vowel."),
      {vowel: voice(vowel=vowel) for vowel in FORMANTS}),
-    ("speech", "Speaker", "Who speaks in the video?",
+    ("speech", "Speaker",
+     ("Who speaks in the video?", "Whose voice is in the video?", "Name the speaker."),
      {speaker: voice(speaker=speaker) for speaker in SPEAKERS}),
 ]  # fmt: skip
 NOISE = {"easy": 0.003, "medium": 0.01, "hard": 0.03}  # background noise, relative to full scale
@@ -125,19 +131,23 @@ def write_world(
     seed: int = 0,
     heldout_noise: float = 1.0,
     label_noise: float = 0.0,
+    tasks: Collection[str] = ("sound", "music", "speech"),
+    wordings: Sequence[int] = (0,),
 ) -> None:
     """Write audio/, train.jsonl (R1-AQA lines) and heldout.json (MMAU's format) into `folder`.
 
     Two settings make the task harder. `heldout_noise` multiplies the background noise of the held-out clips, which
     moves them away from the training clips. `label_noise` is the share of training questions with a wrong answer.
-    Neither changes anything else, not even a random draw.
+    `wordings`: which of the three wordings of each question in KINDS are used, in turn. None of the three changes
+    anything else, not even a random draw. `tasks`: the areas that are asked about.
     """
     soundfile, rng = audio_package("soundfile"), np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True)
-    every_answer = [(kind, answer) for kind in KINDS for answer in kind[-1]]
+    every_answer = [(kind, answer) for kind in KINDS if kind[0] in tasks for answer in kind[-1]]
     train, heldout = [], []
     for i in range(num_train + num_heldout):
-        (task, sub_category, text, sounds), answer = every_answer[i % len(every_answer)]
+        (task, sub_category, texts, sounds), answer = every_answer[i % len(every_answer)]
+        text = texts[wordings[i // len(every_answer) % len(wordings)]]
         others = rng.permutation([option for option in sounds if option != answer])[:3]
         choices = [str(option) for option in rng.permutation([answer, *others])]
         difficulty = str(rng.choice(list(NOISE)))
