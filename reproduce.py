@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,9 +32,9 @@ from infra.ownership import OWNER, owner_file, owning
 from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, rates_text, require_disk, time_text
-from paper.rows import ROWS, TRANSFER_ROWS, Job, finished_jobs, jobs, read_record, sha256, table_rows
+from paper.rows import ROWS, TRANSFER_ROWS, Job, finished_jobs, is_tuned, jobs, read_record, sha256, table_rows
 from paper.table import write_table
-from paper.transfer import STEPS, make_transfer, measure
+from paper.transfer import TRANSFER_STEPS, make_transfer, measure
 from paper.transfer_table import write_transfer
 from training import toy_model
 from training.preflight import CACHE, check_texts, load_checked
@@ -56,7 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
         description="Train and evaluate every row of the paper's table, and write the table. Without --model, use the "
-        f"toy, which needs no GPU. Rows: {', '.join(row.name for row in ROWS)}; with --transfer: "
+        f"toy, which needs no GPU. Rows: {', '.join(row.name for row in ROWS)} (the toy lacks sft_at_grpo_rate); "
+        "with --transfer: "
         f"{', '.join(row.name for row in TRANSFER_ROWS)}.",
     )
 
@@ -69,13 +71,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("audio_dir", "folder of relative audio paths in --data [the question file's]")
     add("mmau", "questions to evaluate on, with answers: MMAU's test-mini or any other file")
     add("mmau_audio_dir", "folder of relative audio paths in --mmau [the question file's]")
-    add("validation", "questions to choose learning rates on, with answers; neither those of --data nor of --mmau")
-    add("tune_rates", "also train with a third and three times each learning rate", action="store_true")
+    add("validation", "questions with answers, to choose learning rates; must differ from --data and --mmau")
+    add("validation_audio_dir", "folder of relative audio paths in --validation [the question file's]")
+    rates = "train seed 0 of each row at a third, once and three times its learning rate; use the best rate"
+    add("tune_rates", rates, action="store_true")
     add("transfer", "train the toy on noisy sounds alone and test it on all areas", action="store_true")
     add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy or runs/reproduce_transfer]")
-    add("rows", "names of the rows to run, separated by commas [all; with --transfer all without LoRA]")
+    add("rows", "names of the rows to run, separated by commas [all; --transfer: all but LoRA]")
     add("seeds", "runs of each row", type=int, default=1)
-    add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}; --transfer: {STEPS}]", type=int)
+    add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}; --transfer: {TRANSFER_STEPS}]", type=int)
     add("nproc_per_node", "ranks of each script [the number of GPUs, at least 1; toy: 2]", type=int)
     add("skip_bad_audio", "leave out questions whose clip is missing or broken, as the scripts do", action="store_true")
     add("label_noise", "share of the toy's training answers that are wrong", type=float, default=0.0)
@@ -88,14 +92,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("start reproduce.py with python; it calls torchrun itself")
     args.toy = args.model is None
     if args.steps is None:
-        args.steps = STEPS if args.transfer else TOY_STEPS if args.toy else 1000
+        args.steps = TRANSFER_STEPS if args.transfer else TOY_STEPS if args.toy else 1000
     if args.nproc_per_node is None:
         args.nproc_per_node = 2 if args.toy else max(1, torch.cuda.device_count())
     noise = (args.label_noise, args.heldout_noise) != (0.0, 1.0)
     if args.transfer and (args.model or args.tune_rates or noise):
-        parser.error("--transfer does not go with --model, --tune_rates, --label_noise and --heldout_noise")
+        parser.error("--transfer cannot be combined with --model, --tune_rates, --label_noise or --heldout_noise")
     if args.toy:
-        for name in ("data", "audio_dir", "mmau", "mmau_audio_dir", "validation"):
+        for name in ("data", "audio_dir", "mmau", "mmau_audio_dir", "validation", "validation_audio_dir"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --model")
         args.out = args.out or ("runs/reproduce_transfer" if args.transfer else "runs/reproduce_toy")
@@ -106,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             if getattr(args, name) is None:
                 parser.error(f"--model needs --{name}, a file of questions")
         if args.tune_rates != (args.validation is not None):
-            parser.error("with --model, --tune_rates and --validation go together")
+            parser.error("with --model, --tune_rates needs --validation, and --validation needs --tune_rates")
         if noise:
             parser.error("--label_noise and --heldout_noise are for the toy; leave them out with --model")
         args.out = args.out or "runs/reproduce"
@@ -140,13 +144,18 @@ def check_inputs(args: argparse.Namespace) -> None:
         shared |= {"model": os.path.abspath(args.model) if os.path.exists(args.model) else args.model}
         shared |= {"model_digest": hashlib.sha256(files).hexdigest()[:16]}
         sources = [("data", args.data, args.audio_dir), ("mmau", args.mmau, args.mmau_audio_dir)]
-        sources += [("validation", args.validation, None)] * args.tune_rates
+        sources += [("validation", args.validation, args.validation_audio_dir)] * args.tune_rates
+        asked: dict[str, set] = {}
         for name, path, folder in sources:
             cache = None if args.dry_run else Path(args.out, CACHE)
             questions = load_checked(path, folder, args.skip_bad_audio, cache).questions
             for template in {row.template for row in chosen if row.script or name == "mmau"}:
                 check_texts(args.model, questions, template, TOKENS, strict=name == "data")
             shared |= {f"{name}_digest": digest(questions)}
+            asked[name] = {(os.path.realpath(q.audio), q.question, q.answer) for q in questions}
+        for name in ("data", "mmau") if args.tune_rates else ():
+            if both := asked["validation"] & asked[name]:
+                raise InputError(f"{args.validation}: {len(both)} of its questions are also in --{name}; give others")
     path = Path(args.out) / "reproduce.json"
     saved: dict = {}
     if path.exists():
@@ -175,20 +184,22 @@ def run_job(job: Job) -> None:
     if job.args.toy:
         make_toy(job)
     if job.folder.exists():
-        with owning(job.run_folder / OWNER), owning(owner_file(job.predictions)):
-            pass  # refused if a script of a killed reproduce.py still runs
+        for path in (job.run_folder / OWNER, *map(owner_file, job.evaluations())):
+            with owning(path):
+                pass  # refused if a script of a killed reproduce.py still runs
         if not job.has_same_settings():
             earlier = first_free(lambda n: job.folder.with_name(f"{job.folder.name}.earlier_{n}"))
             job.folder.rename(earlier)
             print(f"{job.folder} was made with other settings and has been moved to {earlier}", flush=True)
-    record = read_record(job.record) if job.has_same_settings() else {"settings": job.settings()}
+    # Results stay only if the checkpoint that they are of is there.
+    keep = job.is_trained() if job.row.script else job.has_same_settings()
+    record: dict[str, Any] = read_record(job.record) if keep else {"settings": job.settings()}
     write_text(job.record, json.dumps(record, indent=2) + "\n")
     if job.row.script:
         if not job.checkpoint.exists():
             run_part(job, "training", training_command(job))
             if not job.checkpoint.exists():
                 raise JobFailed(f"training ended before it wrote {job.checkpoint}")
-            record = {"settings": job.settings()}  # earlier predictions are of another checkpoint
         remove_all_but(job.checkpoint)
     started = time.monotonic()
     for path in job.evaluations():
@@ -197,13 +208,15 @@ def run_job(job: Job) -> None:
             if not path.exists():
                 raise JobFailed(f"evaluation ended before it wrote {path}")
             record[f"{path.stem}_sha256"] = sha256(path)
+            write_text(job.record, json.dumps(record, indent=2) + "\n")
     if job.args.transfer:
         print(f"\n{job}: measuring answers among the choices and the KL divergence from the base model", flush=True)
         checkpoint = str(job.checkpoint) if job.row.script else job.base_model
         found = measure(checkpoint, job.base_model, load_questions(job.args.mmau), job.row.template, job.seed)
         write_text(job.measured, json.dumps(found) + "\n")
         record["measured_sha256"] = sha256(job.measured)
-    record["evaluation_seconds"] = round(time.monotonic() - started, 1)
+    seconds = record.get("evaluation_seconds", 0) + time.monotonic() - started
+    record["evaluation_seconds"] = round(seconds, 1)
     write_text(job.record, json.dumps(record, indent=2) + "\n")
 
 
@@ -255,7 +268,7 @@ def reproduce(args: argparse.Namespace) -> int:
     print(f"{args.out}: {len(every) - len(todo)} of {len(every)} rows are finished")
     needed = disk_bytes(args, todo)
     print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args.out, needed)}", flush=True)
-    if not (args.transfer or args.tune_rates):
+    if not (args.transfer or args.tune_rates) and any(job.row.script for job in every):
         print(f"two more learning rates of each trained row (--tune_rates): {rates_text(args)} of training", flush=True)
     if args.dry_run:
         for job in todo:
@@ -266,6 +279,7 @@ def reproduce(args: argparse.Namespace) -> int:
         return 0
     require_disk(args.out, needed)
     failed: dict[str, str] = {}
+    undecided = set()  # rows whose rate is unknown, because a training of seed 0 failed
     while todo:
         job = todo[0]
         print(f"\n==== {job}: rows left: {len(todo)}; time: {time_text(args, todo)}", flush=True)
@@ -277,8 +291,11 @@ def reproduce(args: argparse.Namespace) -> int:
         except JobFailed as error:
             failed[str(job)] = f"{job}: {error}; see {job.log}"
             print(f"\nfailed: {failed[str(job)]}", flush=True)
+            if job.seed == 0 and is_tuned(args, job.row):
+                undecided.add(job.row)
         # Listed anew: the rates of later seeds depend on the rows of seed 0.
         todo = [job for job in jobs(args) if str(job) not in failed and not job.is_finished()]
+        todo = [job for job in todo if job.seed == 0 or job.row not in undecided]
     finished = finished_jobs(args)
     table = write(args, finished, picture=True)
     files = "table.md, table.png, results.json" if finished else "table.md, results.json"

@@ -80,7 +80,7 @@ def resampled_interval(values: Sequence[Sequence[float]]) -> tuple[float, float]
     """Return the 95% interval of the mean of values [S, Q]: S seeds on the same Q questions.
 
     Each draw takes S seeds and Q questions with replacement (the pigeonhole bootstrap, A. B. Owen, Annals of Applied
-    Statistics 1, 2007). With one seed, only the questions vary. With a few seeds, the interval is rather too short.
+    Statistics 1, 2007). With one seed, only the questions vary. With few seeds, the interval is too short.
     """
     matrix = np.array(values, dtype=float)
     seeds, questions = map(_draws, matrix.shape, (0, 1))

@@ -15,12 +15,13 @@ from model.checkpoints import pick_dtype
 from model.lora import add_lora, base_of
 from model.qwen2_audio import freeze_position_table
 from paper.rows import LORA_RANK, RATES, Job, jobs, read_record
+from training.disk import checkpoint_bytes, state_bytes
 from training.metrics import read_jsonl
-from training.run_folder import checkpoint_bytes, state_bytes
 from training.settings import LORA_TARGETS
 
 GB = 1e9
 SMALL_FILES = 50_000_000  # bytes of a row's processor, metrics, curves, predictions and log
+TOY_CLIPS = 500_000_000  # bytes
 
 # ---- time ----
 
@@ -51,7 +52,7 @@ def time_text(args: argparse.Namespace, todo: list[Job]) -> str:
 
 def rates_text(args: argparse.Namespace) -> str:
     """Tell how much longer seed 0 takes if all RATES of its rows are trained, or that this is unknown."""
-    trained = [job for job in jobs(args, seeds=1) if job.row.script and job.rate == 1]
+    trained = [job for job in jobs(args, seeds=1) if job.row.script and job.row.lr is None]
     each = [step_seconds(job) for job in trained]
     if None in each:
         return "unknown"
@@ -118,12 +119,12 @@ def disk_bytes(args: argparse.Namespace, todo: list[Job]) -> int:
 
     Each trained row keeps its last checkpoint. During a save, the previous checkpoint and the previous state are on
     the disk as well. What unfinished jobs with the same settings already hold is subtracted. A job that only has to be
-    evaluated needs SMALL_FILES. So does every job of the toy.
+    evaluated needs SMALL_FILES. So does every job of the toy, whose clips are counted once.
     """
     needed = SMALL_FILES * len(todo)
     untrained = [job for job in todo if job.row.script and not job.is_trained()]
     if args.toy or not untrained:
-        return needed
+        return needed + TOY_CLIPS * bool(args.toy and todo)
     size = sizes(args.model)
     needed += sum(size[job.row.lora].checkpoint for job in untrained)
     needed += max(size[job.row.lora].checkpoint + 2 * size[job.row.lora].state for job in untrained)

@@ -30,7 +30,7 @@ ROWS = (
     Row("untouched_think", "untouched, think", "think"),
     Row("sft_full", "SFT, full", "answer", SFT),
     Row("sft_lora", "SFT, LoRA", "answer", SFT, lora=True),
-    # With --model only: SFT's own rate is ten times GRPO's there, so the methods alone do not explain a difference.
+    # With --model and without --tune_rates: SFT's own rate is ten times GRPO's, which alone may explain a difference.
     Row("sft_at_grpo_rate", "SFT, full, GRPO's rate", "answer", SFT, lr=LR[GRPO]),
     Row("grpo_direct", "GRPO, direct", "direct", GRPO),
     Row("grpo_answer", "GRPO, answer", "answer", GRPO),
@@ -53,7 +53,13 @@ def table_rows(args: argparse.Namespace) -> list[Row]:
     """List all rows of the table that reproduce.py's args ask for, also the ones that --rows leaves out."""
     if args.transfer:
         return list(TRANSFER_ROWS)
-    return [row for row in ROWS if row.lr is None or not args.toy]
+    return [row for row in ROWS if row.lr is None or not (args.toy or args.tune_rates)]
+
+
+def is_tuned(args: argparse.Namespace, row: Row) -> bool:
+    """Tell whether the row's learning rate is chosen: --tune_rates asks for the row, now or in an earlier call."""
+    asked = args.tune_rates and (row.name in args.rows or Job(args, 0, row).validation.exists())
+    return bool(asked and row.script)
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ class Job:
         found: dict = {self.predictions: (self.args.mmau, self.args.mmau_audio_dir)}
         if self.args.transfer:
             found[self.clean] = (self.args.clean, None)
-        if self.args.tune_rates and self.row.script and self.seed == 0:
-            found[self.validation] = (self.args.validation, None)
+        if self.seed == 0 and is_tuned(self.args, self.row):
+            found[self.validation] = (self.args.validation, self.args.validation_audio_dir)
         return found
 
     def evaluation_flags(self) -> dict:
@@ -184,8 +190,9 @@ class Job:
 
 
 def jobs(args: argparse.Namespace, seeds: int | None = None, all_rows: bool = False) -> list[Job]:
-    """List the jobs of a table, seed by seed: args.seeds seeds, unless told otherwise, and args.rows or all rows.
+    """List the jobs of a table, seed by seed.
 
+    seeds: how many, by default args.seeds. all_rows: also the rows that --rows leaves out.
     The real model is the same for every seed and evaluation is greedy, so its untouched rows need one seed only. With
     --tune_rates, seed 0 trains at all RATES, later seeds at the chosen one.
     """
@@ -194,23 +201,24 @@ def jobs(args: argparse.Namespace, seeds: int | None = None, all_rows: bool = Fa
         for seed in range(seeds or args.seeds)
         for row in table_rows(args)
         if (all_rows or row.name in args.rows) and (seed == 0 or args.toy or row.script)
-        for rate in (RATES if args.tune_rates and row.script and seed == 0 else [chosen_rate(args, row)])
+        for rate in (RATES if seed == 0 and is_tuned(args, row) else [chosen_rate(args, row)])
     ]
 
 
 def chosen_rate(args: argparse.Namespace, row: Row) -> float:
     """Return the factor on the row's learning rate that is best on the validation questions with seed 0.
 
-    Of equal rates, the one first in RATES. Rates without a finished job are left out. Without --tune_rates, 1.
+    If several rates are equally good, take the first of them in RATES. Rates without a finished job are left out.
+    Return 1 if the row is not tuned.
     """
-    if not (args.tune_rates and row.script):
+    if not is_tuned(args, row):
         return 1.0
     tried = [job for job in (Job(args, 0, row, rate) for rate in RATES) if job.is_finished()]
     return max(tried, key=validation_accuracy).rate if tried else 1.0
 
 
 def validation_accuracy(job: Job) -> float:
-    """Compute the share of the validation questions that a finished job has right."""
+    """Compute a finished job's accuracy on the validation questions."""
     return _accuracy(str(job.validation), sha256(job.validation))
 
 

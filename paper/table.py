@@ -11,7 +11,7 @@ from evaluation.report import TASKS, escape_markdown
 from evaluation.versions import name_files
 from infra.files import write_text
 from infra.pictures import save_picture
-from paper.rows import RATES, Job, chosen_rate, jobs, table_rows, validation_accuracy
+from paper.rows import RATES, Job, chosen_rate, is_tuned, jobs, table_rows, validation_accuracy
 
 # Accuracy on MMAU test-mini in percent (arXiv 2503.11197, table 2). Its SFT uses the template `direct`, ours `answer`.
 # Its row of zero-shot chain of thought is left out, because its prompt is another one than our `think`.
@@ -70,7 +70,7 @@ def results(args: argparse.Namespace, finished: list[Job]) -> dict:
 def compare(rights: dict[tuple[str, int], list[bool]], a: str, b: str) -> dict:
     """Compare two rows on the same questions, seed by seed: McNemar's exact test, and the mean difference in percent.
 
-    rights: (row, seed) -> whether each question is right. The 95% interval draws seeds and questions anew.
+    rights: (row, seed) -> whether each question is right. The 95% interval is of resampled_interval.
     """
     seeds, differences = {}, []
     for seed in sorted({seed for _, seed in rights}):
@@ -88,8 +88,8 @@ def compare(rights: dict[tuple[str, int], list[bool]], a: str, b: str) -> dict:
 def tuned(args: argparse.Namespace, finished: list[Job]) -> list[dict]:
     """List the accuracy on the validation questions, in percent, for each row and learning rate of seed 0."""
     found = []
-    for job in finished if args.tune_rates else []:
-        if job.row.script and job.seed == 0:
+    for job in finished:
+        if job.seed == 0 and is_tuned(args, job.row):
             accuracy, chosen = 100 * validation_accuracy(job), job.rate == chosen_rate(args, job.row)
             found.append({"row": job.row.name, "rate": job.rate, "lr": job.lr, "accuracy": accuracy, "chosen": chosen})
     return found
@@ -148,7 +148,9 @@ def markdown(args: argparse.Namespace, finished: list[Job], found: dict) -> str:
         "Accuracy in percent by MMAU's rule; average: over all questions. In brackets: 95% intervals.",
     ]
     if found["seeds"] > 1:
-        lines[-1] += f" Mean ± standard deviation over {found['seeds']} seeds; the interval draws seeds and questions."
+        lines[-1] += (
+            f" Mean ± standard deviation over {found['seeds']} seeds; intervals from resampling seeds and questions."
+        )
         lines[-1] += "" if args.toy else " The untouched model is the same for every seed."
     lines += unfinished(args, finished)
     if published:
@@ -179,10 +181,8 @@ def rates_lines(rates: list[dict]) -> list[str]:
     order = sorted(RATES)
     table = [["", *(f"x{rate:.2g}" for rate in order)]]
     table += [[row, *(own.get(rate, "-") for rate in order)] for row, own in cells.items()]
-    about = (
-        "Accuracy on the validation questions with seed 0, by factor on the learning rate (rate in brackets, chosen "
-    )
-    return [about + "one in bold):", "", *table_lines(table), ""]
+    about = "Accuracy with seed 0 on the validation questions, learning rate in brackets. Bold: the chosen rate."
+    return [about, "", *table_lines(table), ""]
 
 
 def verdicts(found: dict) -> list[str]:

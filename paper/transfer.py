@@ -1,8 +1,7 @@
 """The paper's situation as a second toy: train on sounds alone, test on all areas, in other words and more noise.
 
 The base model knows all three areas a little. Training asks about sounds alone, in one wording, about noisy clips. The
-test asks about all areas, in two other wordings. In the paper, AVQA has the questions of training, MMAU those of the
-test.
+test asks about all areas, in two other wordings. The paper trains on AVQA and tests on MMAU.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ from policy import completion_logprobs, encode_prompts, encode_targets, sample_g
 from training.settings import TOY_TOKENS
 from training.toy_model import make_base, make_world
 
-STEPS = 120  # of each training
+TRANSFER_STEPS = 120  # of each training
 NOISE = 5.0  # factor on the background noise of the clips of training and test
 TRAINED = "sound"  # the area that training asks about
 BASE_STEPS, RANDOM_ANSWERS = 350, 0.3  # of the base model's warm start
@@ -24,7 +23,10 @@ SAMPLES = 8  # completions of a question for its KL divergence
 
 
 def make_worlds(folder: Path) -> None:
-    """Write the four worlds that are missing: known to the base, trained, test, and the test without extra noise."""
+    """Write the worlds that are missing.
+
+    known: trains the base. trained and test: train and test the rows. clean: the test without extra noise.
+    """
     test = dict(num_train=0, num_heldout=600, seed=2, wordings=(1, 2))
     make_world(folder / "known", num_train=1200, num_heldout=0, wordings=(0, 1, 2))
     # The questions of training are the held-out part of their world: only that part has more noise.
@@ -46,15 +48,14 @@ def measure(checkpoint: str, base: str, questions: list[Question], template: str
 
     among_choices: the choice that the checkpoint finds most likely. kl: the KL divergence of the checkpoint from the
     base model in nats per completion, the mean of log pi(completion) - log pi_base(completion) over SAMPLES completions
-    that the checkpoint samples. The mean over questions is an unbiased estimate; that of one question may be negative.
+    that the checkpoint samples. The mean over questions is an unbiased estimate. A question's own may be negative.
     """
     cpu = torch.device("cpu")
     (policy, processor), (base_model, _) = (load_policy(name, torch.float32, cpu) for name in (checkpoint, base))
     stop_ids, generator = stop_token_ids(policy, processor), torch.Generator().manual_seed(seed)
     found: dict[str, list] = {"among_choices": [""] * len(questions), "kl": [0.0] * len(questions)}
-    numbers = sorted(range(len(questions)), key=lambda i: len(questions[i].choices))
     for count in sorted({len(question.choices) for question in questions}):
-        same = [i for i in numbers if len(questions[i].choices) == count]
+        same = [i for i, question in enumerate(questions) if len(question.choices) == count]
         for start in range(0, len(same), BATCH):
             own = same[start : start + BATCH]
             batch = [questions[i] for i in own]

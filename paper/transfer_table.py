@@ -2,9 +2,12 @@
 
 import argparse
 import json
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from statistics import mean, stdev
 
+from data import Question
 from evaluation import scores
 from infra.files import write_text
 from infra.pictures import save_picture
@@ -36,20 +39,23 @@ COMPARED = (
 def job_figures(job: Job) -> dict[str, list[float]]:
     """Return a finished job's values for each column: one value for each question that the column is about.
 
-    Values of accuracies are 0 and 1, those of `kl` nats per completion.
+    Accuracies: 0 or 1. kl: nats per completion.
     """
     questions, predictions = scores.read_predictions(str(job.predictions))
     measured = json.loads(job.measured.read_text(encoding="utf-8"))
     clean = scores.read_predictions(str(job.clean))
-    right = list(map(scores.is_right, questions, predictions))
-    among = list(map(scores.is_right, questions, measured["among_choices"]))
-    others = [i for i, question in enumerate(questions) if question.task != TRAINED]
+
+    def right(questions: list[Question], predictions: list[str]) -> list[float]:
+        return [float(scores.is_right(*pair)) for pair in zip(questions, predictions, strict=True)]
+
+    average, among_choices = right(questions, predictions), right(questions, measured["among_choices"])
+    others = [question.task != TRAINED for question in questions]
     return {
-        "trained": [float(right[i]) for i in range(len(questions)) if i not in others],
-        "others": [float(right[i]) for i in others],
-        "average": list(map(float, right)),
-        "among_choices": [float(among[i]) for i in others],
-        "clean": [float(scores.is_right(*pair)) for pair in zip(*clean)],
+        "trained": list(compress(average, map(not_, others))),
+        "others": list(compress(average, others)),
+        "average": average,
+        "among_choices": list(compress(among_choices, others)),
+        "clean": right(*clean),
         "kl": measured["kl"],
     }
 
@@ -64,7 +70,7 @@ def transfer_results(finished: list[Job]) -> dict:
     for row in TRANSFER_ROWS:
         own = {seed: values for (name, seed), values in figures.items() if name == row.name}
         columns = {column: spread({s: v[column] for s, v in own.items()}, column) for column in COLUMNS if own}
-        title = f"{row.title} {rate_text(row.lr)}".strip()
+        title = ", ".join(filter(None, (row.title, rate_text(row.lr))))
         about = {"row": row.name, "title": title, "lr": row.lr, "beta": row.beta, "lora": row.lora}
         rows.append(about | {"columns": columns})
     others = {key: [value == 1 for value in values["others"]] for key, values in figures.items()}
@@ -113,18 +119,20 @@ def transfer_markdown(args: argparse.Namespace, finished: list[Job], found: dict
     ]
     if len(found["seeds"]) > 1:
         lines.append(f"Mean ± standard deviation over {len(found['seeds'])} seeds, each with a base model of its own.")
-    lines.append("In brackets: 95% intervals, which draw seeds and questions anew.")
+    lines.append("In brackets: 95% intervals, from resampling seeds and questions.")
     lines += [*unfinished(args, finished), "", *table_lines(table), ""]
-    return "\n".join([*lines, "Music and speech, compared:", "", *verdicts(found)]).rstrip() + "\n"
+    if found["pairs"]:
+        lines += ["Music and speech, compared:", "", *verdicts(found)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _cell(spread: dict | None, digits: int) -> str:
-    if spread is None:
+def _cell(figure: dict | None, digits: int) -> str:
+    if figure is None:
         return "-"
     # + 0: no negative zero
-    mean, low, high = (f"{round(spread[name], digits) + 0:.{digits}f}" for name in ("mean", "low", "high"))
-    deviation = "" if spread["deviation"] is None else f" ± {spread['deviation']:.{digits}f}"
-    return f"{mean}{deviation} [{low}, {high}]"
+    center, low, high = (f"{round(figure[name], digits) + 0:.{digits}f}" for name in ("mean", "low", "high"))
+    deviation = "" if figure["deviation"] is None else f" ± {figure['deviation']:.{digits}f}"
+    return f"{center}{deviation} [{low}, {high}]"
 
 
 def draw_transfer(path: Path, found: dict) -> None:
@@ -144,10 +152,9 @@ def draw_transfer(path: Path, found: dict) -> None:
         marker = "D" if row["beta"] == 0 else "^" if row["lora"] else "o"
         size = {1e-4: 5, 3e-4: 8, 1e-3: 11}.get(row["lr"], 8)
         seeds = points[name]
-        for seed in seeds.keys() & points.get("untouched", {}).keys():
+        for seed in seeds.keys() & points.get("untouched", {}).keys() if name != "untouched" else ():
             start, end = ((points[at][seed], heights[at][seed]) for at in ("untouched", name))
-            if name != "untouched":
-                axis.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=color, alpha=0.3, shrinkB=4))
+            axis.annotate("", end, start, arrowprops=dict(arrowstyle="->", color=color, alpha=0.3, shrinkB=4))
         axis.plot(seeds.values(), [heights[name][seed] for seed in seeds], marker, color=color, markersize=size,
                   markeredgecolor="white", linestyle="", label=row["title"])  # fmt: skip
     axis.set_xlabel("sound, the area of training: accuracy (%)")

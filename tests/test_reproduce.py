@@ -234,18 +234,22 @@ def test_the_rate_is_chosen_on_the_validation_questions(stubs, tmp_path, monkeyp
     """Seed 0 trains at three rates, the other seeds at the best of them. The test questions have no say."""
     flags = ("--out", "t", "--rows", "untouched_answer,sft_full,grpo_answer", "--seeds", 2)
     assert command_line(monkeypatch, *flags, "--seeds", 1) == 0
+    shutil.rmtree("t/seed_0/sft_full/run")  # trained again; earlier predictions do not count
     assert "two more learning rates of each trained row (--tune_rates): unknown" in capfd.readouterr().out
     before = len(calls(stubs))
     assert command_line(monkeypatch, *flags, "--tune_rates") == 0
     made = calls(stubs)[before:]
     trained = [(Path(call["out"]).parent.name, call["seed"], float(call["lr"])) for call in made if "steps" in call]
     assert trained == [
+        ("sft_full", "0", 1e-3),
         ("sft_full_x0.33", "0", pytest.approx(1e-3 / 3)), ("sft_full_x3", "0", pytest.approx(3e-3)),
         ("grpo_answer_x0.33", "0", pytest.approx(1e-4)), ("grpo_answer_x3", "0", pytest.approx(9e-4)),
         ("sft_full_x3", "1", pytest.approx(3e-3)), ("grpo_answer_x0.33", "1", pytest.approx(1e-4)),
     ]  # fmt: skip
     scored = [Path(call["out"]).relative_to("t") for call in made if "ckpt" in call]
-    assert Path("seed_0/sft_full/validation.json") in scored and Path("seed_0/sft_full/predictions.json") not in scored
+    for row, again in (("sft_full", True), ("grpo_answer", False)):
+        assert Path("seed_0", row, "validation.json") in scored
+        assert (Path("seed_0", row, "predictions.json") in scored) == again
     assert json.loads((tmp_path / "t" / "validation" / "noise.json").read_text()) == {
         "num_train": 0, "seed": 1, "heldout_noise": 1.0
     }  # fmt: skip
@@ -261,27 +265,64 @@ def test_the_rate_is_chosen_on_the_validation_questions(stubs, tmp_path, monkeyp
     (stubs / "fail_grpo_answer_x3").touch()
     assert command_line(monkeypatch, *flags, "--tune_rates") == 1
     assert "Not finished: grpo_answer_x3 of seed 0." in (tmp_path / "t" / "table.md").read_text()
+    before = len(calls(stubs))  # the rate of GRPO is open: no later seed is trained, and other rows stay in the table
+    assert command_line(monkeypatch, "--out", "t", "--rows", "grpo_answer", "--seeds", 3, "--tune_rates") == 1
+    assert [Path(call["out"]).parts[:3] for call in calls(stubs)[before:]] == [("t", "seed_0", "grpo_answer_x3")]
+    rows_shown = {row["row"]: row["seeds"] for row in json.loads((tmp_path / "t" / "results.json").read_text())["rows"]}
+    assert list(rows_shown["sft_full"]) == ["0", "1"]
     capfd.readouterr()
     assert command_line(monkeypatch, *flags, "--dry_run") == 0
     # 2 rows: 2 more trainings of 3 steps at 2 and 4 s
     assert "two more learning rates of each trained row (--tune_rates): 36 s of training" in capfd.readouterr().out
 
 
+def test_rates_of_the_real_model(stubs, tmp_path, monkeypatch, capfd):
+    """SFT at GRPO's rate is left out. Validation questions have a folder of clips, and are no test questions."""
+    make_world(tmp_path / "w")
+    make_world(tmp_path / "v")
+    monkeypatch.setattr(reproduce, "check_model", lambda model: None)
+    monkeypatch.setattr(reproduce, "check_texts", lambda *args, **kwargs: None)
+    size = {False: estimate.Size(2000, 12000), True: estimate.Size(20, 120)}
+    monkeypatch.setattr(estimate, "sizes", lambda model: size)
+    (tmp_path / "m").mkdir()
+    flags = ("--model", "m", "--data", "w/train.jsonl", "--mmau", "w/heldout.json", "--out", "t", "--tune_rates")
+    with pytest.raises(SystemExit):
+        command_line(monkeypatch, *flags, "--validation", "v/heldout.json", "--rows", "sft_at_grpo_rate")
+    flags = (*flags, "--rows", "grpo_lora,grpo_think", "--validation")
+    assert command_line(monkeypatch, *flags, "w/heldout.json") == 1
+    error = "w/heldout.json: 40 of its questions are also in --data; give others"
+    assert f"reproduce.py: error: {error}\n" in capfd.readouterr().err and not calls(stubs)
+    assert command_line(monkeypatch, *flags, "v/heldout.json", "--validation_audio_dir", "v") == 0
+    rates = [call.get("lr") for call in calls(stubs) if "steps" in call]
+    assert [rate and float(rate) for rate in rates] == [
+        None, pytest.approx(1e-6 / 3), pytest.approx(3e-6), None, pytest.approx(1e-5 / 3), pytest.approx(3e-5)
+    ]  # fmt: skip
+    scored = {call["audio_dir"]: call["data"] for call in calls(stubs) if "ckpt" in call and "audio_dir" in call}
+    assert scored == {"v": "v/heldout.json"}
+    assert "validation_digest" in json.loads((tmp_path / "t" / "reproduce.json").read_text())
+    chosen = [rate for rate in json.loads((tmp_path / "t" / "results.json").read_text())["rates"] if rate["chosen"]]
+    assert [rate["rate"] for rate in chosen] == [1.0, 1.0]  # equally good: the row's own
+
+
 def test_transfer(stubs, tmp_path, monkeypatch, capfd):
     """Two seeds: what is called and written, and that a result that was changed is made again."""
     assert command_line(monkeypatch, "--transfer", "--seeds", 2, "--out", "t") == 0
     made = calls(stubs)
-    trained = [(Path(call["out"]).parent.name, float(call["lr"]), call.get("beta")) for call in made if "steps" in call]
-    assert trained[:7] == trained[7:] == [
+    trained = [
+        (Path(call["out"]).parent.name, float(call["lr"]), call.get("beta"), call["seed"])
+        for call in made if "steps" in call
+    ]  # fmt: skip
+    assert [call[:3] for call in trained[:7]] == [call[:3] for call in trained[7:]] == [
         ("sft_1e-4", 1e-4, None), ("sft_3e-4", 3e-4, None), ("sft_1e-3", 1e-3, None), ("grpo_1e-4", 1e-4, None),
         ("grpo_3e-4", 3e-4, None), ("grpo_1e-3", 1e-3, None), ("grpo_beta_0", 3e-4, "0.0"),
     ]  # fmt: skip
+    assert [call[3] for call in trained] == ["0"] * 7 + ["1"] * 7
     assert {call["data"] for call in made if "steps" in call} == {"t/worlds/trained/heldout.json"}
     scored = {(Path(call["out"]).name, call["data"]) for call in made if "ckpt" in call}
     assert scored == {("predictions.json", "t/worlds/test/heldout.json"), ("clean.json", "t/worlds/clean/heldout.json")}
     found = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [row["columns"]["kl"]["mean"] for row in found["rows"] if row["columns"]] == [0.5] * 8
-    assert "16 of 16 rows" not in capfd.readouterr().out
+    capfd.readouterr()
     (tmp_path / "t" / "seed_1" / "sft_1e-3" / "measured.json").write_text("{}")
     (tmp_path / "t" / "seed_1" / "sft_3e-4" / "clean.json").unlink()
     assert command_line(monkeypatch, "--transfer", "--seeds", 2, "--out", "t") == 0
@@ -289,6 +330,8 @@ def test_transfer(stubs, tmp_path, monkeypatch, capfd):
         Path("sft_3e-4/clean.json")
     ]
     assert json.loads((tmp_path / "t" / "results.json").read_text()) == found
+    assert command_line(monkeypatch, "--transfer", "--seeds", 2, "--out", "t") == 0
+    assert "16 of 16 rows are finished" in capfd.readouterr().out and len(calls(stubs)) == len(made) + 1
     assert command_line(monkeypatch, "--out", "t") == 1
     assert "t: holds the rows of another table, transfer True (now False)" in capfd.readouterr().err
 
@@ -445,9 +488,9 @@ def test_dry_run_writes_nothing(stubs, tmp_path, monkeypatch, capfd):
     ("--data d", "--data needs --model"),
     ("--model m --data d", "--model needs --mmau, a file of questions"),
     ("--model m --data d --mmau e --label_noise 0.1", "--label_noise and --heldout_noise are for the toy"),
-    ("--model m --data d --mmau e --tune_rates", "with --model, --tune_rates and --validation go together"),
+    ("--model m --data d --mmau e --tune_rates", "with --model, --tune_rates needs --validation, and"),
     ("--validation v", "--validation needs --model"),
-    ("--transfer --tune_rates", "--transfer does not go with --model, --tune_rates, --label_noise and --heldout_noise"),
+    ("--transfer --tune_rates", "--transfer cannot be combined with --model, --tune_rates, --label_noise or "),
     ("--transfer --rows sft_full", "--rows: there is no row 'sft_full'; choose from untouched, sft_1e-4, "),
     ("--seeds 0", "--seeds must be at least 1, not 0"),
     ("--steps 0", "--steps must be at least 1, not 0"),
@@ -492,3 +535,19 @@ def test_real_scripts(tmp_path):
         assert (checkpoint / "adapter_config.json").exists() == row.lora
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "9 of 9 rows are finished" in again.stdout and "\n$ " not in again.stdout
+
+
+@pytest.mark.slow
+def test_real_scripts_of_the_transfer(tmp_path):
+    """Two steps of two rows, on two ranks. The base model knows all areas a little."""
+    flags = ["--transfer", "--out", "t", "--steps", "2", "--rows", "untouched,sft_1e-4,grpo_beta_0"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "reproduce.py"), *flags], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "t" / "results.json").read_text())
+    base, *trained = [row["columns"] for row in found["rows"] if row["columns"]]
+    for column in ("trained", "others", "among_choices"):
+        assert 60 < base[column]["mean"] < 95
+    assert base["average"]["mean"] + 5 < base["clean"]["mean"]  # noise makes the questions harder
+    assert base["kl"]["mean"] == pytest.approx(0.0, abs=1e-4) and all(row["kl"]["mean"] > 0 for row in trained)

@@ -1,5 +1,6 @@
 """The worlds of reproduce.py --transfer, and what it measures of a checkpoint against the plain way."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_training_asks_about_noisy_sounds_and_the_test_about_all_in_other_words(
                                          zip(asked["test"], asked["clean"]))):  # fmt: skip
         strength = {"easy": 0.003, "medium": 0.01, "hard": 0.03}[q.difficulty]
         assert np.median(abs(noise)) == pytest.approx(0.6745 * 4 * strength, rel=0.2)  # of a normal distribution
+    clips = [hashlib.sha256(path.read_bytes()).digest() for path in worlds.glob("*/audio/*")]
+    assert len(set(clips)) == len(clips) == 60 + 3 * 40  # no clip of the base's or of training is in the test
     ids = [json.loads(path.read_text()) for path in worlds.glob("*/heldout.json")]
     assert sorted(map(len, ids)) == [0, 40, 40, 40]
 

@@ -54,10 +54,10 @@ def test_figures_against_counting_by_hand(tmp_path):
             assert own["deviation"] == pytest.approx(statistics.stdev(means))
             assert own["low"] < own["mean"] < own["high"]
     own = next(row for row in found["rows"] if row["row"] == "grpo_beta_0")["columns"]
-    cells = shown["GRPO, beta 0 3e-4"]
+    cells = shown["GRPO, beta 0, 3e-4"]
     assert cells[0].startswith(f"{own['trained']['mean']:.1f} ± {own['trained']['deviation']:.1f} [")
     assert cells[-1].startswith(f"{own['kl']['mean']:.2f} ± {own['kl']['deviation']:.2f} [")
-    assert "base" in shown and "SFT, LoRA 3e-3" not in shown and "Not finished" not in text
+    assert "base" in shown and "SFT, LoRA, 3e-3" not in shown and "Not finished" not in text
 
     equal = found["pairs"][0]
     assert [equal["a"], equal["b"]] == ["grpo_1e-4", "sft_1e-4"] and len(found["pairs"]) == 5

@@ -138,8 +138,8 @@ def write_world(
 
     Two settings make the task harder. `heldout_noise` multiplies the background noise of the held-out clips, which
     moves them away from the training clips. `label_noise` is the share of training questions with a wrong answer.
-    `wordings`: which of the three wordings of each question in KINDS are used, in turn. None of the three changes
-    anything else, not even a random draw. `tasks`: the areas that are asked about.
+    `wordings`: which of the three wordings of each question in KINDS are used, in turn. These three settings change
+    nothing else, not even a random draw. `tasks`, the areas that are asked about, changes the draws.
     """
     soundfile, rng = audio_package("soundfile"), np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True)
