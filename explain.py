@@ -1,14 +1,16 @@
-"""Explain one step of GRPO with all its numbers, as text and, with --html, as a page.
+"""Explain one step of GRPO with all its numbers, as text and as a page; show the completions of a run.
 
     python explain.py                                          one step of the toy, as text
     python explain.py --html step.html                         also as a page: tokens in color, their numbers on hover
     python explain.py --model NAME --data FILE [settings]      a model of yours; the settings are those of grpo_aqa.py
+    python explain.py --run runs/toy                           a page of the completions that a run has logged
 
 Takes one training step on one question with the functions of grpo_aqa.py. Then it computes the loss a second time, one
 token after the other, and compares: a difference raises. Nothing is written to the run folder but the cache of checked
-clips.
+clips. With --run, it loads no model and takes no step.
 """
 
+import argparse
 import math
 import re
 import statistics
@@ -21,6 +23,7 @@ from torch import Tensor
 
 import grpo_aqa
 from data import AUDIO_TOKEN, Question, step_indices
+from evaluation.completions_page import completions_html, is_group
 from evaluation.explain_page import to_html, to_text
 from evaluation.explain_story import Group, Step, Token, Update, completion_loss, tell
 from grpo_aqa import (
@@ -45,6 +48,7 @@ from policy import (
     stop_token_ids,
     to_device,
 )
+from training.metrics import read_jsonl
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, encode_questions
 
@@ -188,16 +192,45 @@ def check_sums(completions: list[list[Token]], stats: dict[str, float], length: 
             raise RuntimeError(f"{name}: the tokens add up to {mean}, and the training loop has {stats[name]}")
 
 
+# ---- the completions of a run ----
+
+
+def show_run(run: Path, html: str) -> None:
+    """Write the page `html` of the completions that a run has logged. Raises SharedInputError."""
+    path = run / "completions.jsonl"
+    if not path.is_file():
+        raise SharedInputError(f"{path}: is missing; --run takes the folder of a run of grpo_aqa.py, which writes it")
+    lines = path.read_bytes().count(b"\n")  # a running training adds lines: count first
+    groups = [record for record in read_jsonl(path) if is_group(record)]
+    if not groups:
+        fault = f"all {lines} lines are damaged" if lines else "is empty; it fills every --log_completions_every steps"
+        raise SharedInputError(f"{path}: {fault}")
+    text, notes = completions_html(groups, html, str(path), damaged=max(0, lines - len(groups)))
+    print(f"{len(groups)} questions with their completions", *notes, sep="\n")
+    write_page(html, text)
+
+
+def write_page(path: str, text: str) -> None:
+    """Write a page and print its path. Raises SharedInputError."""
+    try:
+        write_text(Path(path), text)
+    except (OSError, ValueError) as error:
+        raise SharedInputError(f"--html {path}: cannot be written ({error})") from None
+    print(f"page: {path}")
+
+
 # ---- the command ----
 
 
 def explain(args) -> int:
-    """Take one step, print its story and, with --html, write it as a page. Return the exit status."""
+    """Take one step, print its story and, with --html, write it as a page; or show a run. Return the exit status."""
     device = setup_distributed()[-1]
 
     def work():
         if dist.get_world_size() > 1:
             raise SharedInputError("explain.py runs on one rank; start it without torchrun")
+        if args.run is not None:
+            return show_run(Path(args.run), args.html or str(Path(args.run, "completions.html")))
         if args.resume:
             raise SharedInputError("--resume is for training; name a checkpoint of the run with --model")
         run = Run(args, "GRPO", device, strict=False)  # nothing is trained: list answers that cannot be rewarded
@@ -206,11 +239,8 @@ def explain(args) -> int:
         parts = tell(step, args)
         print(to_text(parts), flush=True)
         if args.html:
-            try:
-                write_text(Path(args.html), to_html(parts, "One step of GRPO"))
-            except (OSError, ValueError) as error:
-                raise SharedInputError(f"--html {args.html}: cannot be written ({error})") from None
-            print(f"\npage: {args.html}")
+            print()
+            write_page(args.html, to_html(parts, "One step of GRPO"))
 
     return finish_together("explain.py", work, interrupted=lambda: "nothing was written")
 
@@ -218,8 +248,15 @@ def explain(args) -> int:
 def parse_args(argv: list[str] | None = None):
     parser = grpo_aqa.make_parser("Explain one step of GRPO with all its numbers.")
     parser.add_argument("--html", metavar="FILE", help="also write the explanation as a web page")
+    page = "instead, write a page of the completions that this run has logged, FOLDER/completions.html or --html"
+    parser.add_argument("--run", metavar="FOLDER", help=page)
     parser.set_defaults(out="runs/explain")  # only for the cache of checked clips
-    return grpo_aqa.parse_args(argv, parser)
+    args = grpo_aqa.parse_args(argv, parser)
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args)))))
+    others = {name for name, value in given.items() if value is not None} - {"run", "html"}
+    if args.run is not None and others:
+        parser.error(f"--run takes no setting but --html; leave out --{min(others)}")
+    return args
 
 
 if __name__ == "__main__":

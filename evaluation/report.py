@@ -2,10 +2,8 @@
 
 import csv
 import io
-import os
 from itertools import groupby
 from pathlib import Path
-from urllib.parse import quote
 
 from data import Question
 from evaluation.ablations import SILENCE, ablation_table, orders_table
@@ -33,7 +31,7 @@ from evaluation.scores import (
 )
 from evaluation.versions import name_files
 from evaluation.web_page import escape as _e
-from evaluation.web_page import web_page
+from evaluation.web_page import player, web_page
 from infra.errors import InputError
 from infra.files import write_text
 from infra.pictures import save_picture
@@ -206,9 +204,8 @@ def write_html(path: str, questions: list[Question], records: list[dict], title:
     scored = [i for i, right in enumerate(correct) if right is not None]
     tasks = in_order({question.task for question in questions if question.task is not None})
     options = "".join(f'<option value="{_e(task)}">{_e(task)}</option>' for task in tasks)
-    folder = os.path.dirname(os.path.abspath(path))
     items = [
-        _item(number, question, record, right, folder)
+        _item(number, question, record, right, path)
         for number, (question, record, right) in enumerate(zip(questions, records, correct), start=1)
     ]
     body = f"""<header>
@@ -250,14 +247,7 @@ def _bar(score: Score) -> str:
     return f'<div class="bar">{block}<b style="left:{percent(*score)}"></b></div>'
 
 
-def _address(path: str) -> str:
-    try:
-        return quote(path, errors="surrogateescape")
-    except UnicodeEncodeError:  # no file can have such a name
-        return quote(path, errors="replace")
-
-
-def _item(number: int, question: Question, record: dict, right: bool | None, folder: str) -> str:
+def _item(number: int, question: Question, record: dict, right: bool | None, page: str) -> str:
     verdict = {True: "right", False: "wrong", None: "unscored"}[right]
     predicted = record["model_prediction"]
     if predicted in question.spelled and predicted not in question.choices:  # "(A) a dog" for "a dog"
@@ -269,7 +259,6 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
         marks = [mark for mark, text in (("answer", answer), ("predicted", predicted)) if choice == text]
         notes = "".join(f" <small>{mark}</small>" for mark in marks)
         choices.append(f'<li class="{" ".join(marks)}">{_e(choice)}{notes}</li>')
-    audio = _address(Path(os.path.relpath(os.path.abspath(question.audio), folder)).as_posix())
     error = f'<p class="error">{_e(record["error"])}</p>\n' if record.get("error") else ""
     right_answer = "withheld" if answer is None else _e(" or ".join([answer, *question.also]))
     samples = record.get("samples")
@@ -279,7 +268,7 @@ def _item(number: int, question: Question, record: dict, right: bool | None, fol
     return f"""<article class="{verdict}" data-verdict="{verdict}" data-task="{_e(question.task or "")}">
 <h2><span class="verdict">{verdict}</span> <span class="number">{number}</span> {_e(question.question)}</h2>
 <p class="labels">{" &middot; ".join(_e(label) for label in [*labels, f"id {question.id}"])}</p>
-<audio controls preload="none" src="{audio}"></audio>
+{player(question.audio, page)}
 {error}<ol>{"".join(choices)}</ol>
 <dl><dt>prediction</dt><dd>{_e(predicted) or "<em>empty</em>"}</dd><dt>right answer</dt><dd>{right_answer}</dd></dl>
 <details><summary>{name}</summary>{completions}</details>
@@ -320,7 +309,6 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --good: #6cc98a; --good-back: #17301f; --bad: #f28b82; --bad-back: #3a1d1b; --mark: #7fb0ff; } }
 body { max-width: 54rem; padding-bottom: 4rem; }
-[hidden] { display: none !important; }
 table { width: 100%; }
 th, td { padding: .2rem .6rem; }
 td:first-child { text-align: left; white-space: normal; }
@@ -330,21 +318,13 @@ td:last-child { width: 30%; }
 .bar { position: relative; height: .8rem; min-width: 5rem; background: var(--panel); border: 1px solid var(--line); }
 .bar i { position: absolute; top: 0; bottom: 0; background: var(--mark); opacity: .4; }
 .bar b { position: absolute; top: -2px; bottom: -2px; width: 2px; margin-left: -1px; background: var(--mark); }
-#filter { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .4rem 1.5rem; align-items: center;
-  margin: 1.5rem -1rem 1rem; padding: .6rem 1rem; background: var(--back); border-bottom: 1px solid var(--line); }
-#filter select { font: inherit; max-width: 14rem; }
-#shown { margin-left: auto; color: var(--dim); font-variant-numeric: tabular-nums; }
-article { margin: 0 0 1rem; padding: .8rem 1rem; background: var(--panel); border: 1px solid var(--line);
-  border-left: 4px solid var(--dim); border-radius: 4px; content-visibility: auto; contain-intrinsic-size: auto 20rem; }
 article.right { border-left-color: var(--good); }
 article.wrong { border-left-color: var(--bad); }
 h2 { font-size: 1.05rem; margin: 0; white-space: pre-line; }
 .verdict { padding: .1rem .5rem; border-radius: 1rem; font-size: .8rem; background: var(--line); }
 .right .verdict { background: var(--good-back); color: var(--good); }
 .wrong .verdict { background: var(--bad-back); color: var(--bad); }
-.number, .labels, summary, dt, small { color: var(--dim); font-weight: 400; }
-.labels { margin: .2rem 0 .6rem; font-size: .85rem; }
-audio { width: 100%; max-width: 32rem; height: 2.5rem; display: block; }
+.number, summary, dt, small { color: var(--dim); font-weight: 400; }
 .error { color: var(--bad); margin: .5rem 0; }
 ol { list-style: upper-alpha; margin: .6rem 0; padding-left: 1.8rem; }
 li.answer { color: var(--good); font-weight: 600; }

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -232,6 +233,56 @@ def test_mistakes_end_in_one_line(saved, tmp_path, monkeypatch, capsys, flags, m
     assert explain.explain(explain.parse_args([*saved, *flags])) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert len(errors) == 1 and errors[0].startswith(f"explain.py: error: {message}")
+
+
+def show(monkeypatch, *flags):
+    monkeypatch.setattr(processes, "_patient_group", None)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("left at once"))
+    return explain.explain(explain.parse_args(["--run", *flags]))
+
+
+def test_the_completions_of_a_run(tmp_path, monkeypatch, capsys):
+    """The page is beside completions.jsonl, or where --html says. Damaged lines are counted."""
+    monkeypatch.chdir(tmp_path)
+    group = {"step": 1, "id": "7", "audio": "7.wav", "prompt": "What?", "answer": "rain", "completions": ["rain", "no"],
+             "rewards": [1.0, 0.0], "accuracy": [1.0, 0.0], "advantages": [0.7, -0.7]}  # fmt: skip
+    (tmp_path / "a").mkdir()
+    lines = [json.dumps(group), '{"step": 2', json.dumps(group | {"rewards": "x"}), json.dumps(group | {"step": 2})]
+    Path("a/completions.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "id')  # the last line is being written
+    assert show(monkeypatch, "a") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "2 questions with their completions" and printed[1] == "2 damaged lines are left out"
+    assert printed[2].startswith("1 of 1 clips are not found") and printed[3:] == ["page: a/completions.html"]
+    page = Path("a/completions.html").read_text(encoding="utf-8")
+    assert "<h2>step 2</h2>" in page and 'src="../7.wav"' in page and printed[1] in page
+    assert show(monkeypatch, "a", "--html", "b/page.html") == 0 and Path("b/page.html").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "a/completions.jsonl: is missing; --run takes the folder of a run"),
+        ("", "a/completions.jsonl: is empty; it fills every --log_completions_every steps"),
+        ("{}\nx\n", "a/completions.jsonl: all 2 lines are damaged"),
+    ],
+    ids=str,
+)
+def test_a_run_without_completions_ends_in_one_line(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("a").mkdir()
+        Path("a/completions.jsonl").write_text(content)
+    assert show(monkeypatch, "a") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith(f"explain.py: error: {message}")
+
+
+@pytest.mark.parametrize("flags, named", [(["--steps", "1000"], "steps"), (["--resume"], "resume")], ids=str)
+def test_a_run_takes_no_settings(capsys, flags, named):
+    """Not even those whose value is the default."""
+    with pytest.raises(SystemExit):
+        explain.parse_args(["--run", "a", *flags])
+    assert f"--run takes no setting but --html; leave out --{named}" in capsys.readouterr().err
 
 
 def test_several_ranks_are_refused(saved, tmp_path, monkeypatch, capsys):
