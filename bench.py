@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     checkpointing = AUTO_ON_OFF | dict(default="auto", help="recompute layers in the backward pass; auto: on a GPU")
 
     add = add_bench("memory", "GPU memory of a step of Qwen2-Audio-7B: counted, and measured if there is a GPU")
-    add("--table", action="store_true", help="only count, for 1, 4 and 8 GPUs, and print which cards a run fits")
+    add("--table", action="store_true", help="only count, for 1, 2, 4 and 8 GPUs, and print which cards a run fits")
     add("--gpus", type=int, default=8, help="ranks, one GPU each")
     add("--clip_seconds", type=float, default=30.0, help=every_clip)
     add("--max_new_tokens", type=int, default=256, help=every_completion)

@@ -38,6 +38,7 @@ from model.lora import adapter_off, dropout_on
 from model.qwen2_audio import Prompt, frozen_copy, slice_prompt
 from policy import completion_logprobs, data_parallel, decode_text, sample_group, stop_token_ids
 from reward import REWARDS
+from training.metrics import summarize
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
 from training.settings import LR, TOY, TOY_LR, add_setting, parse_settings, shared_settings
@@ -100,8 +101,9 @@ def grpo_loss(
     the number of its tokens (see loss_length). ratio "sequence": one rho per completion, the geometric mean over its
     tokens, so that the completion is clipped as a whole (GSPO, arXiv 2507.18071, equations 5 and 7).
 
-    Also returns stats without gradient: clip_fraction, the share of tokens that lose their gradient to clipping, and kl
-    in nats per token. Both are means over completions of means over tokens in all variants, so that variants compare.
+    Also returns stats without gradient: clip_fraction, the share of tokens that lose their gradient to clipping, and,
+    with `ref_logprobs`, kl in nats per token. Both are means over completions of means over tokens in all variants, so
+    that variants compare.
     """
     mask = mask.bool()  # [N, T]
     logprobs = logprobs.float().masked_fill(~mask, 0)  # [N, T]
@@ -120,11 +122,12 @@ def grpo_loss(
     per_token_loss = -gain  # [N, T] or [N, 1]
 
     stats = {}
-    if beta != 0:
-        assert ref_logprobs is not None, "a KL penalty needs the reference's log-probs"
+    assert beta == 0 or ref_logprobs is not None, "a KL penalty needs the reference's log-probs"
+    if ref_logprobs is not None:
         log_ref_ratio = ref_logprobs.float().masked_fill(~mask, 0).detach() - logprobs  # [N, T]
         kl = log_ref_ratio.exp() - log_ref_ratio - 1  # [N, T]
-        per_token_loss = per_token_loss + beta * kl  # [N, T]
+        if beta != 0:  # else the KL is only measured
+            per_token_loss = per_token_loss + beta * kl  # [N, T]
         stats["kl"] = mean_over_completions(kl.detach())  # scalar
 
     clipped = ((advantages > 0) & (rho > 1 + clip_high)) | ((advantages < 0) & (rho < 1 - clip_low))  # [N, T] or [N, 1]
@@ -258,9 +261,10 @@ def make_reference(policy, beta: float, lora_rank: int, freeze_audio_tower: bool
 
 def train(args: argparse.Namespace, run: Run) -> None:
     """Train the policy with GRPO. `run` does what is not the algorithm: checks, batches, metrics, saves, resuming."""
-    # Policy; reference, copied before run.start may load resumed weights; gradients averaged over the ranks; optimizer.
+    # Policy; reference (with --log_kl also for beta 0), copied before run.start may load resumed weights; gradients
+    # averaged over the ranks; optimizer.
     policy, processor = run.load_policy()
-    reference = make_reference(policy, args.beta, args.lora_rank, args.freeze_audio_tower)
+    reference = make_reference(policy, args.beta or args.log_kl, args.lora_rank, args.freeze_audio_tower)
     ddp_policy = data_parallel(policy, run.first_prompt(), args.gradient_checkpointing)
     optimizer = ShardedAdamW(trainable(policy))
 
@@ -320,15 +324,8 @@ def train(args: argparse.Namespace, run: Run) -> None:
 
         # Metrics, completions, checkpoint, resume state.
         metrics = {"kl": None} | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-        metrics |= {
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(dim=1).mean().item(),  # within groups: advantages are made of it
-            **{name: score.mean().item() for name, score in scores.items()},
-            "completion_tokens": mask.sum(dim=1).float().mean().item(),
-            "equal_reward_groups": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
-            "sampler_gap": updates[0]["sampler_gap"],  # later updates change the policy
-            "grad_norm": grad_norm,
-        }
+        metrics |= {"sampler_gap": updates[0]["sampler_gap"], "grad_norm": grad_norm}  # later updates change the policy
+        metrics |= summarize(scores, rewards, completions, mask, stop_ids, run.clock.phases["sample"])
         run.record(lr, metrics, shown=["reward", *scores, "kl", "completion_tokens", "seconds"])
         run.log_completions(texts, scores, rewards, advantages)
         run.save_if_due()
@@ -362,7 +359,8 @@ def reward_weights(text: str) -> dict[str, float]:
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Make the parser of GRPO's settings."""
     parser = shared_settings(description, DEFAULTS, TOY_DEFAULTS)
-    add = partial(add_setting, parser.add_argument_group("GRPO"))
+    group = parser.add_argument_group("GRPO")
+    add = partial(add_setting, group)
     add("group_size", 8, "completions sampled per question")
     add("temperature", 1.0, "temperature of sampling and of all log-probs")
     add("reward_weights", "accuracy=1,format=1", "rewards and their weights", type=reward_weights, metavar="NAME=W,...")
@@ -379,6 +377,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("loss_average", "completion", averages, choices=("completion", "token", "constant"))
     add("normalize_std", "on", "divide advantages by their group's deviation", **ON_OFF)
     add("updates_per_rollout", 1, "optimizer steps per rollout")
+    log_kl = "measure the KL with beta 0, too; without --lora_rank this takes a second model"
+    group.add_argument("--log_kl", action="store_true", help=log_kl)
     add("log_completions_every", 10, "steps between entries of completions.jsonl")
     return parser
 

@@ -254,4 +254,4 @@ def train_toy(folder: Path, name: str, kind: type[Run], *switches: str) -> list[
     with only_rank() as device:
         train(args, kind(args, "GRPO", device))
     steps = map(json.loads, (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[SAVED:])
-    return [{key: step[key] for key in step if "seconds" not in key and key != "peak_memory_gb"} for step in steps]
+    return [{key: step[key] for key in step if "second" not in key and key != "peak_memory_gb"} for step in steps]

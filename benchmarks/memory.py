@@ -235,7 +235,10 @@ def describe_run(args: argparse.Namespace) -> str:
 
 
 def memory_table(args: argparse.Namespace) -> str:
-    """Make a Markdown table of the cards that a run on 1, 4 or 8 GPUs fits, with and without a reference."""
+    """Make a Markdown table of the cards that a run fits, by GPUs, with and without a reference.
+
+    LoRA has one row per number of GPUs: its reference is the policy with the adapter off, which takes no memory.
+    """
     lines = [
         f"Qwen2-Audio-7B in bfloat16: {describe_run(args)}.",
         f"1 GB is 1e9 bytes; {FOR_CUDA} GB of each card are left for the CUDA context and NCCL.",
@@ -243,8 +246,8 @@ def memory_table(args: argparse.Namespace) -> str:
         f"| beta | GPUs | peak per GPU | {' | '.join(f'{card} GB card' for card in CARDS)} |",
         f"| --- | --- | --- |{' --- |' * len(CARDS)}",
     ]
-    counts = {gpus: count(qwen2_audio_7b(), torch.bfloat16, gpus, args) for gpus in (1, 4, 8)}
-    for beta in (args.beta, 0) if args.beta else (0,):
+    counts = {gpus: count(qwen2_audio_7b(), torch.bfloat16, gpus, args) for gpus in (1, 2, 4, 8)}
+    for beta in (args.beta, 0) if args.beta and not args.lora_rank else (args.beta,):
         for gpus, counted in counts.items():
             peak = counted["peak"] if beta else counted["peak"] - counted["reference"]
             verdicts = ["fits" if peak + FOR_CUDA <= card else "does not fit" for card in CARDS]

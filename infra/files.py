@@ -120,8 +120,8 @@ def check_folder(folder: Path, out: Path | None = None) -> None:
     The message names the file `out` that will be written to the folder, or else the folder.
     """
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
-            pass
+        with tempfile.TemporaryFile(dir=_existing(folder), buffering=0) as file:
+            file.write(bytes(4096))  # a full disk still makes an empty file
     except OSError as error:
         raise InputError(
             f"{out or folder}: cannot be written ({error.strerror}); give another path with --out"

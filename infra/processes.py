@@ -283,6 +283,7 @@ def catch_sigterm() -> threading.Event:
 
 # phase -> what makes it need less memory
 LESS_MEMORY = {
+    "loading the model": "use larger GPUs or --dtype bfloat16: each GPU holds all weights",
     "data": "lower --prompts_per_rank",
     "listen": "lower --prompts_per_rank",
     "sample": "lower --prompts_per_rank, --group_size or --max_new_tokens",

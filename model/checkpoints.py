@@ -28,18 +28,28 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokeniz
 MODEL_FILES = (*PROCESSOR_FILES, "config.json", "generation_config.json", "special_tokens_map.json",
                "added_tokens.json", "adapter_config.json", "*.safetensors*")  # fmt: skip
 
+# what the message of a failed download says -> what helps
+REMEDIES = {
+    "couldn't connect": "connect to the internet and unset HF_HUB_OFFLINE; or run `hf download` on another machine, "
+    "copy the folder that it prints with `cp -rL`, and name the copy",
+    "gated repo": "ask for access on the model's page, then run `hf auth login`",
+    "401 Client Error": "check the name, or run `hf auth login` with a valid token",
+    "No space left": "make room, or name a folder on a larger disk with HF_HOME",
+}
 
 # ---- check ----
 
 
 @contextmanager
 def loading_errors(name_or_path: str, expected: str = "a Qwen2-Audio model"):
-    """Inside `with`, turn every exception into an InputError."""
+    """Inside `with`, turn every exception into an InputError, with the remedy for a failed download."""
     try:
         yield
     except Exception as error:  # transformers, safetensors and tokenizers raise exceptions of all types for bad files
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{name_or_path}: cannot be loaded as {expected} ({reason})") from None
+        said = [" ".join(str(text).split())[:300] for text in (error, error.__context__)]
+        known = ((text, f"; {remedy}") for text in said for fault, remedy in REMEDIES.items() if fault in text)
+        reason, remedy = next(known, (said[0], ""))
+        raise InputError(f"{name_or_path}: cannot be loaded as {expected} ({reason}){remedy}") from None
 
 
 def check_model(name_or_path: str) -> None:

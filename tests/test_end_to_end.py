@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_predictions import mmsu_script
+from test_use_the_model import answer
 from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 
 from data import TEMPLATES, load_questions
@@ -25,7 +26,8 @@ REAL_SOUNDS = ROOT.parent / "shared" / "real_sounds"
 METRICS = {
     "step", "loss", "reward", "reward_std", "accuracy", "format", "kl", "clip_fraction", "entropy", "completion_tokens",
     "equal_reward_groups", "grad_norm", "lr", "seconds", "seconds_data", "seconds_sample", "seconds_reference",
-    "seconds_train", "seconds_update", "peak_memory_gb",
+    "seconds_train", "seconds_update", "peak_memory_gb", "all_right_groups", "all_wrong_groups",
+    "truncated_completions", "tokens_per_second",
 }  # fmt: skip
 
 
@@ -120,6 +122,22 @@ def test_evaluation_finds_the_heldout_questions(short_run):
         assert {key: record[key] for key in given} == given
         assert record["model_output"] == record["model_prediction"]
         assert record["model_prediction"] in record["completion"]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
+def test_plain_transformers_answers_as_the_evaluation_does(short_run, tmp_path, kind):
+    """With the snippet of docs/evaluation.md, on the toy's checkpoint and on an adapter of its base."""
+    toy = short_run[0] / "runs" / "toy"
+    checkpoint = toy / "step_000004"
+    if kind == "adapter":
+        flags = ("--model", toy / "base", "--data", toy / "world" / "train.jsonl", "--lora_rank", 4, "--lr", 0.02)
+        run("grpo_aqa.py", *flags, "--steps", 3, "--max_new_tokens", 16, "--out", "lora", cwd=tmp_path)
+        checkpoint = tmp_path / "lora" / "step_000003"
+    flags = ("--data", toy / "world" / "heldout.json", "--limit", 20, "--dtype", "float32", "--out", "p.json")
+    run("eval_mmau.py", "--ckpt", checkpoint, *flags, "--max_new_tokens", 32, cwd=tmp_path)
+    records = json.loads((tmp_path / "p.json").read_text())
+    texts = [answer(checkpoint, record, toy / "world", 32) for record in records]
+    assert texts == [record["completion"] for record in records] and len(set(texts)) > 1
 
 
 def test_a_second_run_reuses_the_toy_and_keeps_the_first_run(short_run):

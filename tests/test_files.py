@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 
 import pytest
 from training_runs import killed_in, names
@@ -125,3 +126,9 @@ def test_a_folder_is_tried_and_not_made(tmp_path):
         check_folder(tmp_path / "file" / "b")
     with pytest.raises(InputError, match="^mine.json: cannot be written"):
         check_folder(tmp_path / "file", out="mine.json")
+
+
+def test_a_full_disk_is_found_before_the_first_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir, buffering: open("/dev/full", "wb", buffering))
+    with pytest.raises(InputError, match="run: cannot be written .No space left on device.; .* --out"):
+        check_folder(tmp_path / "run")

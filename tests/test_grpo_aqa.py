@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import training_runs
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -71,7 +72,7 @@ def loss_by_loops(logprobs, old, ref, advantages, mask, clip_low, clip_high, bet
                 weight = math.prod(math.exp(logprobs[i][u] - old[i][u]) for u in tokens) ** (1 / len(tokens))
             unclipped = weight * advantages[i]
             clipped = min(max(weight, 1 - clip_low), 1 + clip_high) * advantages[i]
-            kl = math.exp(ref[i][t] - logprobs[i][t]) - (ref[i][t] - logprobs[i][t]) - 1 if beta else 0.0
+            kl = math.exp(ref[i][t] - logprobs[i][t]) - (ref[i][t] - logprobs[i][t]) - 1
             terms.append(-(min(unclipped, clipped) - beta * kl))
             kl_terms.append(kl)
             clip_terms.append(float(clipped < unclipped))
@@ -98,15 +99,19 @@ VARIANTS += [variant | {"ratio": "sequence"} for variant in VARIANTS]
 @pytest.mark.parametrize("beta", [0.0, 0.04, 1.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_is_the_equation(seed, beta, variant):
-    """The stats are means over completions of means over their tokens, whatever the loss is divided by."""
+    """The stats are means over completions of means over their tokens, whatever the loss is divided by.
+
+    With beta 0, the KL is measured if there is a reference.
+    """
     logprobs, old, ref, advantages, mask = random_case(seed)
-    loss, stats = grpo_loss(logprobs, old, ref if beta else None, advantages, mask, 0.2, 0.3, beta, **variant)
+    given = ref if beta or seed % 2 else None
+    loss, stats = grpo_loss(logprobs, old, given, advantages, mask, 0.2, 0.3, beta, **variant)
     tolists = [x.tolist() for x in (logprobs, old, ref, advantages, mask)]
     expected = loss_by_loops(*tolists, 0.2, 0.3, beta, **variant)
     assert loss.item() == pytest.approx(expected[0], rel=1e-5, abs=1e-6)
     assert stats["clip_fraction"].item() == pytest.approx(expected[2], abs=1e-6)
-    assert ("kl" in stats) == (beta != 0)
-    if beta:
+    assert ("kl" in stats) == (given is not None)
+    if given is not None:
         assert stats["kl"].item() == pytest.approx(expected[1], rel=1e-5)
 
 
@@ -321,6 +326,20 @@ def test_the_sampler_gap_in_the_metrics_is_that_before_any_update(runs, forker):
     done = forker.run(runs, ["grpo_aqa.py", *flags])
     assert done.returncode == 0, done.stderr
     assert all(0 < m["sampler_gap"] < 1e-5 < abs(m["kl"]) for m in metrics(runs / "gap")[1:])
+
+
+def test_the_kl_is_measured_with_beta_0_and_changes_nothing(runs, forker):
+    """With --log_kl, the loss, the gradients and so the weights are the same to the bit."""
+    flags = ["--model=base", "--data=questions.jsonl", "--steps=2", "--prompts_per_rank=4", "--max_new_tokens=8",
+             "--lr=1e-2", "--beta=0", "--lora_rank=2"]  # fmt: skip
+    for name, switches in (("unmeasured", []), ("measured", ["--log_kl"])):
+        done = forker.run(runs, ["grpo_aqa.py", *flags, *switches, f"--out={name}"])
+        assert done.returncode == 0, done.stderr
+    kl = [record.pop("kl") for record in training_runs.metrics(runs / "measured")]
+    measured, unmeasured = (training_runs.metrics(runs / name) for name in ("measured", "unmeasured"))
+    assert measured == [record | {"kl": kl} for record, kl in zip(unmeasured, kl)]
+    assert kl[0] == 0 < 1e-4 < kl[1] and all(record["kl"] is None for record in unmeasured)
+    training_runs.assert_same_weights(runs / "measured" / "step_000002", runs / "unmeasured" / "step_000002")
 
 
 def test_the_learning_rate_decays_linearly_to_zero(runs):

@@ -31,8 +31,9 @@ from model.checkpoints import (
 from model.lora import adapter_off, add_lora, dropout_on, lora_layers
 from policy import CompletionLogprobs, completion_logprobs, encode_prompts, sample_group
 from training import preflight
+from training.disk import checkpoint_bytes, state_bytes
 from training.optimizer import ShardedAdamW
-from training.run_folder import checkpoint_bytes, load_state, save_state, state_bytes
+from training.run_folder import load_state, save_state
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANK, ALPHA = 3, 12

@@ -140,11 +140,19 @@ def test_the_real_shape(monkeypatch, capsys, tmp_path):
 
 
 def test_table(monkeypatch):
-    peaks = {1: 155.9, 4: 78.5, 8: 62.0}
-    monkeypatch.setattr(memory, "count", lambda config, dtype, gpus, args: {"peak": peaks[gpus], "reference": 16.8})
+    """Two rows per number of GPUs, with and without a reference. LoRA has one: its reference takes no memory."""
+    peaks = {1: 155.9, 2: 104.9, 4: 78.5, 8: 62.0}
+
+    def count(config, dtype, gpus, args):
+        return {"peak": peaks[gpus] / (4 if args.lora_rank else 1), "reference": 0 if args.lora_rank else 16.8}
+
+    monkeypatch.setattr(memory, "count", count)
     header, _, *rows = memory.memory_table(settings()).splitlines()[3:]
     assert header == "| beta | GPUs | peak per GPU | 24 GB card | 48 GB card | 80 GB card |"
-    assert rows[1] == "| 0.04 | 4 | 78.5 GB | does not fit | does not fit | does not fit |"  # 2 GB are left
-    assert rows[2] == "| 0.04 | 8 | 62.0 GB | does not fit | does not fit | fits |"
-    assert rows[5] == "| 0 | 8 | 45.2 GB | does not fit | fits | fits |"
-    assert len(rows) == 6 and all(row.endswith((" fits |", " fit |")) for row in rows)
+    assert rows[2] == "| 0.04 | 4 | 78.5 GB | does not fit | does not fit | does not fit |"  # 2 GB are left
+    assert rows[3] == "| 0.04 | 8 | 62.0 GB | does not fit | does not fit | fits |"
+    assert rows[7] == "| 0 | 8 | 45.2 GB | does not fit | fits | fits |"
+    assert len(rows) == 8 and all(row.endswith((" fits |", " fit |")) for row in rows)
+    title, *_, lora = memory.memory_table(settings(lora_rank=16)).splitlines()
+    assert "LoRA of rank 16" in title and lora == "| 0.04 | 8 | 15.5 GB | fits | fits | fits |"
+    assert len(memory.memory_table(settings(lora_rank=16)).splitlines()) == 5 + 4

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import matplotlib.figure
 import pytest
@@ -10,7 +11,37 @@ from matplotlib.axes import Axes
 
 from data import Question
 from evaluation.scores import wilson_interval
-from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions
+from policy import encode_prompts, sample_group
+from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions, summarize
+
+# ---- a step ----
+
+
+def test_metrics_of_completions_against_loops(one_rank, tiny, questions, monkeypatch):
+    """Some completions end at the limit, some before, and some are cut there. The rank is one of two."""
+    model, processor = tiny
+    stops = list(range(0, model.config.text_config.vocab_size, 4))
+    prompt, generator = encode_prompts(processor, questions, "answer"), torch.Generator().manual_seed(2)
+    completions, mask, _ = sample_group(model, prompt, 6, 3, 1.0, stops, generator)
+    lengths = [int(row.sum()) for row in mask]
+    ends = [int(row[length - 1]) in stops for row, length in zip(completions, lengths)]
+    assert {(length, end) for length, end in zip(lengths, ends)} == {(1, True), (2, True), (3, True), (3, False)}
+    accuracy = torch.tensor([[1.0] * 6, [0.0] * 6, [1.0] * 3 + [0.0] * 3, [0.0] * 6])
+    format_ = torch.tensor([[1.0] * 6, [0.0] * 5 + [1.0], [0.0] * 3 + [1.0] * 3, [0.0] * 6])
+    scores, rewards = {"accuracy": accuracy, "format": format_}, accuracy + format_
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    metrics = summarize(scores, rewards, completions, mask, stops, seconds=0.5)
+    deviations = [statistics.stdev(group) for group in rewards.tolist()]
+    assert metrics == pytest.approx({
+        "reward": rewards.sum().item() / 24, "reward_std": sum(deviations) / 4, "accuracy": 9 / 24, "format": 10 / 24,
+        "equal_reward_groups": 3 / 4, "all_right_groups": 1 / 4, "all_wrong_groups": 2 / 4,
+        "completion_tokens": sum(lengths) / 24, "truncated_completions": ends.count(False) / 24,
+        "tokens_per_second": 2 * sum(lengths) / 0.5,
+    })  # fmt: skip
+    del scores["accuracy"]
+    assert metrics.keys() - summarize(scores, rewards, completions, mask, stops, seconds=0.5).keys() == {
+        "accuracy", "all_right_groups", "all_wrong_groups"}  # fmt: skip
+
 
 # ---- lines ----
 
@@ -40,8 +71,9 @@ def test_completions_have_one_line_a_question(tmp_path):
     advantages = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 1 / 3]])
     scores = {"accuracy": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), "format": torch.ones(2, 3)}
     texts = ["1", "2", "3", "4", "5", "line\n\u2028 six"]
-    log_completions(tmp_path / "c.jsonl", 7, asked, "direct", texts, scores, rewards, advantages)
+    records = log_completions(tmp_path / "c.jsonl", 7, asked, "direct", texts, scores, rewards, advantages)
     first, second = map(json.loads, (tmp_path / "c.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
+    assert records == [first, second]
     prompt = "What? Please choose the answer from the following options: ['x', 'y']."
     assert first == {"step": 7, "id": "a", "audio": "a.wav", "prompt": prompt, "answer": "x",
                      "completions": ["1", "2", "3"], "rewards": [0, 2, 1], "accuracy": [0, 1, 0],
@@ -69,8 +101,9 @@ def drawn(monkeypatch):
 def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
     """A non-numeric value becomes a gap, a metric that no step has is not drawn, and a damaged line is skipped."""
     values = [3.0, 1.0, None, 5.0, 7.0, 9.0, 2.0, 4.0]
+    shares = {"all_wrong_groups": 0.5, "truncated_completions": 0.25}  # but no groups that are all right
     for step, value in enumerate(values, start=1):
-        append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 1.0, "accuracy": value})
+        append_jsonl(tmp_path / "metrics.jsonl", {"step": step, "loss": 1.0, "accuracy": value} | shares)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": "nine"}\n{"step": 9, "accu')
     draw_curves(tmp_path)
@@ -82,6 +115,8 @@ def test_curves_are_the_metrics_and_their_running_mean(tmp_path, drawn):
     pairs = zip(values, values[1:])  # a window of a quarter of the steps
     expected = [(step, sum(pair) / 2) for step, pair in enumerate(pairs, start=2) if None not in pair]
     assert [point for point in smooth if not math.isnan(point[1])] == expected
+    drawn_shares = [{share for _, share in line} for line in drawn.pop("shares of groups and completions")]
+    assert drawn_shares == [{0.5}, {0.5}, {0.25}, {0.25}]  # a thin and a thick line of each
     assert [title for title, lines in drawn.items() if lines] == ["loss"]
 
 

@@ -13,12 +13,14 @@ SCRIPTS = ("grpo_aqa", "sft_aqa", "eval_mmau", "toy", "prepare", "explain", "rep
 TORCHRUN = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--max_restarts"}
 TORCHRUN |= {"--shutdown_timeout"}
 HF = {"--repo", "--local"}  # hf download --repo-type dataset --local-dir
+TENSORBOARD = {"--logdir", "--samples_per_plugin"}
 SOURCES = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")] if path.parent.name != "tests"]
 # Files that runs write, and files of other projects.
 WRITTEN = set("audio_headers.json adapter_config.json aqa.json config.json table.md table.png results.json".split())
 WRITTEN |= {"mmau_scores.md", "mmau_predictions.json", "mmau-test-mini.json", "train_qa.json", "evaluation.py"}
+WRITTEN |= {"generation_config.json", "completions.html"}
 WRITTEN |= {"scripts/chat_rl.py", "__init__.py", "owner.json", "metrics.jsonl", "curves.png"}
-MADE = {"runs/", "resume/", "earlier_1/", "earlier_2/"}
+MADE = {"runs/", "resume/", "earlier_1/", "earlier_2/", "tensorboard/"}
 
 
 def flags_of(script, capsys, *words):
@@ -100,7 +102,7 @@ def test_commands_are_found():
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_in_the_text_exist(name, known):
     named = {flag for piece in code(TEXTS[name]) for flag in re.findall(r"(?<![\w-])--[a-z]\w*", piece)}
-    assert named <= set().union({"--check"}, TORCHRUN, HF, *known.values())  # ruff format --check
+    assert named <= set().union({"--check"}, TORCHRUN, HF, TENSORBOARD, *known.values())  # ruff format --check
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -13,6 +15,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import soundfile
+import test_tensorboard
 import torch
 import torch.distributed as dist
 
@@ -27,7 +30,8 @@ from training import run as run_module
 from training.metrics import append_jsonl
 from training.optimizer import ShardedAdamW, trainable
 from training.run import Run, replace_bad
-from training.run_folder import step_folders
+from training.run_folder import find_state, step_folders
+from training.tensorboard import completions_tables, heading
 
 CPU = torch.device("cpu")
 
@@ -46,7 +50,7 @@ def begin(one_rank, tiny, questions, tmp_path, monkeypatch):
 
     def begin(*flags, asked=questions):
         args = settings(tmp_path / "run", *flags)
-        checked = {"world_size": 1, "launchers": []}, asked, [], None, 2.0
+        checked = vars(args) | {"world_size": 1, "launchers": []}, asked, [], None, 2.0
         monkeypatch.setattr(run_module, "check_inputs", lambda *_: checked)
         monkeypatch.setattr(run_module, "load_on_all_ranks", lambda *_: (copy.deepcopy(model).float(), processor))
         run = Run(args, "GRPO", CPU)
@@ -264,6 +268,44 @@ def test_a_record_has_the_measured_values_and_none_for_the_others(begin):
     os.kill(os.getpid(), signal.SIGTERM)
     run.record(0.25, {}, shown=[])
     assert run.stopping and list(steps) == []
+
+
+def test_tensorboard_shows_the_runs_files(begin, questions):
+    """A run of five steps ends, and continues from its state of step 3. Then each step is in the log once."""
+
+    def train(run):
+        for step in run.steps():
+            run.next_batch()
+            run.record(0.1, {"loss": random.random(), "kl": None}, shown=[])
+            advantages = torch.rand(3, 2)
+            run.log_completions([f"{step}"] * 6, {"accuracy": advantages}, advantages, advantages)
+            run.save_if_due()
+            if step == 3:
+                shutil.copytree(run.out / "resume", run.out / "kept")
+
+    run = begin("--tensorboard", "--log_completions_every=2", "--save_state_every=3")
+    train(run)
+    shutil.rmtree(run.out / "resume")
+    run.state = (run.out / "kept").rename(run.out / "resume") / "step_000003"
+    run.start(run.optimizer, run.order)
+    train(run)
+    log = test_tensorboard.read(run.out)
+    lines = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for name in lines[0].keys() - {"step", "kl"}:
+        shown = log[f"{heading(name)}/{name}"]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
+    records = [json.loads(line) for line in (run.out / "completions.jsonl").read_text().splitlines()]
+    tables = [(step, completions_tables([r for r in records if r["step"] == step]).encode()) for step in (2, 4)]
+    assert log["completions/text_summary"] == tables and len(records) == 6
+    switched = run.config | {"tensorboard": False, "log_kl": True}  # a resume may switch both on and off
+    assert find_state(run.out, switched, resume=True).name == "step_000005"
+
+
+def test_a_missing_package_ends_a_run_before_its_model_is_looked_at(one_rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "require_tensorboard", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_module.check_inputs(settings(tmp_path, "--tensorboard"), "GRPO", [])
 
 
 def test_saves_happen_when_due_and_when_stopping(begin, tmp_path):

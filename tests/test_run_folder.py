@@ -269,10 +269,12 @@ def test_a_run_checks_its_model_at_the_start_and_records_its_files(one_rank, tmp
 
 # ---- resuming ----
 
+SAVES = {"steps": 8, "save_every": 2, "save_state_every": 2, "keep_last": 0}  # from these the disk space is counted
+
 
 def test_resume_without_a_state_starts_anew_and_keeps_the_old_files(one_rank, tmp_path, tiny, capsys):
     """A run killed before its first save has no state. One whose move to earlier_N was interrupted has none either."""
-    out, config = tmp_path / "run", {"lr": 1.0, "world_size": 1, "launchers": []}
+    out, config = tmp_path / "run", SAVES | {"lr": 1.0, "world_size": 1, "launchers": []}
 
     def start(config):
         state = find_state(out, config, resume=True)
@@ -295,7 +297,7 @@ def test_resume_without_a_state_starts_anew_and_keeps_the_old_files(one_rank, tm
 @pytest.fixture
 def saved(one_rank, tmp_path):
     """(folder, config, state) of a run saved after step 2. It has a checkpoint of step 4, with an unfinished state."""
-    config = {"lr": 1.0, "world_size": 1, "launchers": ["node:1:2"]}
+    config = SAVES | {"lr": 1.0, "world_size": 1, "launchers": ["node:1:2"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"version": run_folder.VERSION}))
     for name in ("resume/step_000001", "resume/step_000002", "resume/step_000004.unfinished", "step_000004"):
         (tmp_path / name).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -167,7 +168,8 @@ def state(out):
 def metrics(out):
     """Read metrics.jsonl without the fields in which equal runs differ: times and memory."""
     records = [json.loads(line) for line in lines(out / "metrics.jsonl")]
-    return [{k: v for k, v in m.items() if not k.startswith("seconds") and k != "peak_memory_gb"} for m in records]
+    differ = re.compile("seconds|peak_memory_gb|tokens_per_second")
+    return [{name: value for name, value in m.items() if not differ.match(name)} for m in records]
 
 
 def snapshot(folder):

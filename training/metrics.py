@@ -1,4 +1,4 @@
-"""metrics.jsonl and completions.jsonl of a run, written one line at a time, and curves.png drawn from metrics.jsonl."""
+"""Metrics of a step; metrics.jsonl and completions.jsonl, written one line at a time; curves.png."""
 
 import gc
 import json
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data import Question, build_prompt
@@ -14,6 +15,42 @@ from evaluation.scores import wilson_interval
 from infra.files import write_text
 from infra.pictures import save_picture
 from reward import REWARDS
+
+# ---- a step ----
+
+
+def summarize(
+    scores: dict[str, Tensor],
+    rewards: Tensor,
+    completions: Tensor,
+    mask: Tensor,
+    stop_ids: list[int],
+    seconds: float,
+) -> dict[str, float]:
+    """Compute the metrics of a rank's completions. Run.record averages them over the ranks.
+
+    scores: each reward by name, rewards: their weighted sum, [B, G] each. completions, mask: [N, T], as sample_group
+    returns them with stop_ids. seconds: time of the sampling phase.
+    """
+
+    def share(true: Tensor) -> float:
+        return true.float().mean().item()
+
+    ended = torch.isin(completions, torch.tensor(stop_ids, device=completions.device)).any(dim=1)  # [N]
+    metrics = {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(dim=1).mean().item(),  # within groups: advantages are made of it
+        **{name: score.mean().item() for name, score in scores.items()},
+        "equal_reward_groups": share((rewards == rewards[:, :1]).all(dim=1)),
+        "completion_tokens": mask.sum(dim=1).float().mean().item(),
+        "truncated_completions": share(~ended),
+        "tokens_per_second": mask.sum().item() / seconds * dist.get_world_size(),  # the mean is the sum over the ranks
+    }
+    if "accuracy" in scores:
+        metrics["all_right_groups"] = share((scores["accuracy"] == 1).all(dim=1))
+        metrics["all_wrong_groups"] = share((scores["accuracy"] == 0).all(dim=1))
+    return metrics
+
 
 # ---- one line at a time ----
 
@@ -76,12 +113,12 @@ def log_completions(
     scores: dict[str, Tensor],
     rewards: Tensor,
     advantages: Tensor,
-) -> None:
-    """Add B questions with their G completions each to completions.jsonl, one line per question.
+) -> list[dict]:
+    """Add B questions with their G completions each to completions.jsonl, one line per question. Return the lines.
 
     texts: B * G completions. scores: each reward by name, rewards: their weighted sum, advantages: [B, G] each.
     """
-    group_size = rewards.shape[1]
+    group_size, records = rewards.shape[1], []
     for b, question in enumerate(questions):
         record = {
             "step": step,
@@ -95,13 +132,16 @@ def log_completions(
         record |= {name: score[b].tolist() for name, score in scores.items()}
         record["advantages"] = [round(advantage, 4) for advantage in advantages[b].tolist()]
         append_jsonl(path, record)
+        records.append(record)
+    return records
 
 
 # ---- curves ----
 
-HELDOUT = "heldout_accuracy"
+HELDOUT, SHARES = "heldout_accuracy", "shares"
 TITLES = {
     HELDOUT: "held-out accuracy (greedy, 95% interval)",
+    SHARES: "shares of groups and completions",
     "reward": "reward (weighted sum)",
     "accuracy": "sampled training accuracy",
     "format": "share of well-formed completions",
@@ -111,6 +151,7 @@ TITLES = {
     "loss": "loss",
     "grad_norm": "norm of the gradient before clipping",
 }
+LINES = {SHARES: {"all_right_groups": "tab:green", "all_wrong_groups": "tab:red", "truncated_completions": "tab:gray"}}
 
 
 def draw_curves(out: Path) -> None:
@@ -123,23 +164,30 @@ def draw_curves(out: Path) -> None:
     metrics = read_jsonl(out / "metrics.jsonl")
     steps = [m["step"] for m in metrics]
     names = dict.fromkeys(["reward", *REWARDS, *TITLES])  # in this order, each once
-    shown = [name for name in names if any(name in m for m in metrics)]  # supervised fine-tuning has no rewards
+    shown = {}  # name of a panel -> its metrics with their colors
+    for name in names:
+        lines = LINES.get(name, {name: "tab:blue"})
+        lines = {metric: color for metric, color in lines.items() if any(metric in m for m in metrics)}
+        shown |= {name: lines} if lines else {}  # supervised fine-tuning has no rewards
     if not shown:
         return
     columns = math.ceil(len(shown) / 2)
     figure = Figure(figsize=(4 * columns, 6), layout="constrained")
     axes = figure.subplots(2, columns, sharex=True, squeeze=False)
-    for axis, name in zip(axes.flat, shown):
+    for axis, (name, lines) in zip(axes.flat, shown.items()):
         axis.set_title(TITLES.get(name, f"{name} reward"), fontsize=10)
         axis.grid(alpha=0.3)
         if name == HELDOUT:
             _draw_heldout(axis, metrics)
             continue
-        values = torch.tensor([_number(m.get(name)) for m in metrics])
-        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-        window = max(1, min(25, len(values) // 4))
-        smooth = values.unfold(0, window, 1).mean(-1)
-        axis.plot(steps[window - 1 :], smooth, color="tab:blue", linewidth=1.8)
+        for metric, color in lines.items():
+            values = torch.tensor([_number(m.get(metric)) for m in metrics])
+            axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+            window = max(1, min(25, len(values) // 4))
+            smooth = values.unfold(0, window, 1).mean(-1)
+            axis.plot(steps[window - 1 :], smooth, color=color, linewidth=1.8, label=metric.replace("_", " "))
+        if name in LINES:
+            axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
     if len(shown) % 2:  # nothing is below the last panel of the first row

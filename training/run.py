@@ -59,15 +59,7 @@ from policy import BadClip, encode_ahead, listen, to_device
 from training.heldout import heldout_table, score_heldout
 from training.metrics import append_jsonl, log_completions
 from training.optimizer import ShardedAdamW
-from training.preflight import (
-    CACHE,
-    MARKUP_TOKENS,
-    Checked,
-    check_texts,
-    heard_seconds,
-    load_checked,
-    long_clips_note,
-)
+from training.preflight import CACHE, MARKUP_TOKENS, Checked, check_texts, heard_seconds, load_checked, long_clips_note
 from training.run_folder import (
     check_model_stays,
     find_state,
@@ -79,6 +71,7 @@ from training.run_folder import (
     writing_run,
 )
 from training.settings import TOY_MODEL
+from training.tensorboard import TensorBoard, require_tensorboard
 from training.toy_model import make_toy
 
 
@@ -175,6 +168,7 @@ class Run:
         else:
             self.progress = {"step": 0, "position": 0}
             self.progress["before"] = self._score_heldout(step=0) if self.heldout else None
+        self.board = TensorBoard(args, self.config, self.progress["step"])
         self.preempted: threading.Event = catch_sigterm()
         done = self.progress["step"]
         self.bar = tqdm(desc=self.method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
@@ -269,6 +263,7 @@ class Run:
         if dist.get_rank() == 0:
             with writing_run(self.out / "metrics.jsonl", self.out):
                 append_jsonl(self.out / "metrics.jsonl", record)
+            self.board.log_metrics(record)
         self.bar.set_postfix({SHORT.get(name, name): _short(record[name]) for name in shown})
         self.bar.update()
 
@@ -277,7 +272,10 @@ class Run:
         if self.step % self.args.log_completions_every == 0 and dist.get_rank() == 0:
             path = self.out / "completions.jsonl"
             with writing_run(path, self.out):
-                log_completions(path, self.step, self.batch, self.args.template, texts, scores, rewards, advantages)
+                records = log_completions(
+                    path, self.step, self.batch, self.args.template, texts, scores, rewards, advantages
+                )
+            self.board.log_completions(records)
 
     def save_if_due(self) -> None:
         """Count the step as done. Save a checkpoint and the resume state if due: both after the last step.
@@ -340,6 +338,8 @@ def check_inputs(
     Returns the run's config.json, the questions, the held-out questions, the state to resume from if there is one, and
     the most seconds that the model hears of a question's clip.
     """
+    if args.tensorboard:
+        require_tensorboard()
     if args.model == TOY_MODEL:
         make_toy(Path(TOY_MODEL).parent)
     check_model(args.model)

@@ -18,7 +18,6 @@ from infra.files import (
     begin_folder,
     finish_folder,
     first_free,
-    free_bytes,
     remove,
     sync,
     write_text,
@@ -27,17 +26,18 @@ from infra.files import (
 from infra.ownership import require_ownership
 from infra.processes import SharedInputError, exit_if_abandoned, gather, on_rank_0, wait_for_all_ranks
 from model.checkpoints import save_checkpoint
-from model.lora import adapter_base, is_adapter, lora_layers
+from model.lora import adapter_base, is_adapter
+from training.disk import check_disk_of_run, require_disk_space
 from training.metrics import cut_jsonl, draw_curves
 
 # The files of a run, beside its checkpoints step_000100/, step_000200/, ...
 RUN_FILES = ["config.json", "metrics.jsonl", "completions.jsonl", "curves.png", "resume"]
-RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged"]
+RUN_FILES += ["metrics.jsonl.damaged", "completions.jsonl.damaged", "tensorboard"]
 # Settings that may change when a run is resumed. They change results by rounding at most, or by LoRA's dropout. Only
 # another number of ranks draws other samples. Questions may move: questions_digest tells whether they are the same. The
 # model may move, too: _check_same_model compares its files.
 FREE_SETTINGS = {"data", "audio_dir", "out", "resume", "save_every", "save_state_every", "keep_last"}
-FREE_SETTINGS |= {"log_completions_every", "world_size", "launchers"}
+FREE_SETTINGS |= {"log_completions_every", "log_kl", "tensorboard", "world_size", "launchers"}
 FREE_SETTINGS |= {"heldout_every", "accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version", "model_files"}  # have checks of their own
@@ -158,7 +158,8 @@ def _read_config(out: Path) -> dict:
 def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
     """Continue the run in `out` from `state`, as returned by find_state, or start a new one. All ranks call this.
 
-    Raises SharedInputError if a save does not fit on the disk, or if the nodes do not share the folder.
+    Prints the disk space that the run takes. Raises SharedInputError if a save does not fit on the disk, or if the
+    nodes do not share the folder.
     """
 
     def change_folder():
@@ -173,7 +174,8 @@ def open_run(out: Path, config: dict, state: Path | None, policy) -> None:
             remove(folder)
         if newer:
             print(f"{out}: removed checkpoints newer than the state: {', '.join(folder.name for folder in newer)}")
-        _require_disk_space(out, policy)
+        kept = len(step_folders(out)) if state else 0  # the checkpoints of an earlier run are moved
+        check_disk_of_run(out, policy, config, step_of(state) if state else 0, kept)
         if state:
             _continue_run(out, config, state)
         else:
@@ -344,7 +346,7 @@ def save_run(
     step = progress["step"]
 
     def announce():
-        size = _require_disk_space(out, policy, checkpoint, state)
+        size = require_disk_space(out, policy, checkpoint, state)
         due = " and ".join(["checkpoint"] * checkpoint + ["resume state"] * state)
         tqdm.write(f"step {step}: saving {due}, {size / 1e9:.2f} GB")
         sys.stdout.flush()
@@ -371,27 +373,3 @@ def save_run(
     else:
         on_rank_0(write_checkpoint)
     on_rank_0(remove_earlier)
-
-
-def state_bytes(policy) -> int:
-    """Return the bytes of a resume state: a float32 master and two moments of each trained weight."""
-    return sum(12 * p.numel() for p in policy.parameters() if p.requires_grad)
-
-
-def checkpoint_bytes(policy) -> int:
-    """Return the bytes of a checkpoint's weights: all, or with LoRA the adapter's. Works on meta tensors too."""
-    adapter = bool(lora_layers(policy))
-    return sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad or not adapter)
-
-
-def _require_disk_space(out: Path, policy, checkpoint: bool = True, state: bool = True) -> int:
-    """Return the bytes of the next save. Raises InputError if the disk has less room."""
-    size = checkpoint * checkpoint_bytes(policy) + state * state_bytes(policy)
-    size += 20_000_000  # processor, metrics, curves
-    free = free_bytes(out)
-    if free < size:
-        raise InputError(
-            f"{out}: the next save takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make room "
-            "(--keep_last keeps fewer checkpoints), then continue with --resume"
-        )
-    return size

@@ -81,6 +81,7 @@ def shared_settings(description: str, defaults: dict, toy_defaults: dict) -> Par
     switch("freeze_audio_tower", "do not train the audio tower")
     switch("vary_choice_order", "show a question's choices in a new random order each time it is used")
     switch("skip_bad_audio", "leave out questions with a missing or broken clip, instead of stopping")
+    switch("tensorboard", "also write a log for TensorBoard, in the run folder; needs the package tensorboard")
     switch("resume", "continue the run in --out from its newest state")
     return parser
 
