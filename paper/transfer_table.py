@@ -161,4 +161,4 @@ def draw_transfer(path: Path, found: dict) -> None:
     axis.set_ylabel("music and speech, the other areas: accuracy (%)")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left")
-    save_picture(figure, path, dpi=100)
+    save_picture(figure, path, dpi=85)
