@@ -75,7 +75,7 @@ def test_the_count_is_what_a_run_leaves(runs):
 
 def test_the_line_before_a_run(tmp_path, monkeypatch, capsys):
     """It warns if the whole run does not fit. It is an error if the first save does not fit."""
-    policy = torch.nn.Linear(10_000, 10_000, bias=False)  # 0.4 GB, and 1.2 GB of state
+    policy = torch.nn.Linear(10_000, 10_000, bias=False, device="meta")  # 0.4 GB, and 1.2 GB of state
     config = dict(steps=1000, save_every=100, save_state_every=100, keep_last=0)
     free = [10_000_000_000]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[0]))

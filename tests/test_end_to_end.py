@@ -126,7 +126,7 @@ def test_evaluation_finds_the_heldout_questions(short_run):
 
 @pytest.mark.parametrize("kind", ["checkpoint", "adapter"])
 def test_plain_transformers_answers_as_the_evaluation_does(short_run, tmp_path, kind):
-    """With the snippet of docs/evaluation.md, on the toy's checkpoint and on an adapter of its base."""
+    """With the README's snippet, on the toy's checkpoint and on an adapter of its base."""
     toy = short_run[0] / "runs" / "toy"
     checkpoint = toy / "step_000004"
     if kind == "adapter":

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from forked import ENVIRONMENT, NO_LOCKS, ROOT, another_owner
+from training_runs import metrics
 
 from data import load_questions
 from training import toy_model
@@ -183,11 +184,6 @@ def undisturbed(home, run):
     """The metrics of an undisturbed run, without times and memory."""
     assert run("undisturbed").returncode == 0
     return metrics(home / "undisturbed")
-
-
-def metrics(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if "seconds" not in k and "memory" not in k} for record in records]
 
 
 @pytest.mark.parametrize("what", [*WRITES, *(pytest.param(what, marks=pytest.mark.slow) for what in MORE_WRITES)])

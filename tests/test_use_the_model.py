@@ -1,4 +1,4 @@
-"""The snippet of the docs for plain transformers answers as eval_mmau.py does: from a checkpoint, from an adapter."""
+"""The README's snippet for plain transformers answers as eval_mmau.py does: from a checkpoint, from an adapter."""
 
 import json
 import re
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def answer(checkpoint, record, folder, max_new_tokens):
     """Run the snippet with another checkpoint, clip and question. Return what it prints."""
-    docs = "".join(path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "evaluation.md"))
-    [snippet] = re.findall(r"^    import soundfile.*?^    print\(.*?$", docs, re.MULTILINE | re.DOTALL)
+    readme = (ROOT / "README.md").read_text()
+    [snippet] = re.findall(r"^    import soundfile.*?^    print\(.*?$", readme, re.MULTILINE | re.DOTALL)
     asked = str(folder / record["audio_id"]), record["question"], record["choices"]
     replaced = {
         "checkpoint = .*": f"checkpoint = {str(checkpoint)!r}",
