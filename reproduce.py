@@ -209,7 +209,7 @@ def run_job(job: Job) -> None:
                 raise JobFailed(f"evaluation ended before it wrote {path}")
             record[f"{path.stem}_sha256"] = sha256(path)
             write_text(job.record, json.dumps(record, indent=2) + "\n")
-    if job.args.transfer:
+    if job.args.transfer and not job.has_result(job.measured):
         print(f"\n{job}: measuring answers among the choices and the KL divergence from the base model", flush=True)
         checkpoint = str(job.checkpoint) if job.row.script else job.base_model
         found = measure(checkpoint, job.base_model, load_questions(job.args.mmau), job.row.template, job.seed)

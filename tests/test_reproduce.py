@@ -63,7 +63,7 @@ for step in range(first, steps + 1):
         sys.exit(0)
 (out / f"step_{steps:06d}").mkdir()
 """
-# The name of the row and the seed decide which questions are right. Of the validation questions, it is the rate.
+# The name of the row and the seed decide which questions are right. The rate decides it for validation questions.
 EVALUATE = """
 name, seed = Path(flags["out"]).parts[-2], int(Path(flags["out"]).parts[-3][5:])
 assert Path(flags["ckpt"]).is_dir()
