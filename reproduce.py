@@ -211,8 +211,7 @@ def run_job(job: Job) -> None:
             write_text(job.record, json.dumps(record, indent=2) + "\n")
     if job.args.transfer and not job.has_result(job.measured):
         print(f"\n{job}: measuring answers among the choices and the KL divergence from the base model", flush=True)
-        checkpoint = str(job.checkpoint) if job.row.script else job.base_model
-        found = measure(checkpoint, job.base_model, load_questions(job.args.mmau), job.row.template, job.seed)
+        found = measure(job.evaluated, job.base_model, load_questions(job.args.mmau), job.row.template, job.seed)
         write_text(job.measured, json.dumps(found) + "\n")
         record["measured_sha256"] = sha256(job.measured)
     seconds = record.get("evaluation_seconds", 0) + time.monotonic() - started

@@ -26,8 +26,7 @@ def training_command(job: Job) -> list[str]:
 def evaluation_command(job: Job, predictions: Path) -> list[str]:
     """Build the command that writes one of the job's predictions files."""
     data, audio_dir = job.evaluations()[predictions]
-    checkpoint = job.checkpoint if job.row.script else job.base_model
-    paths = {"ckpt": checkpoint, "data": data, "audio_dir": audio_dir, "out": predictions}
+    paths = {"ckpt": job.evaluated, "data": data, "audio_dir": audio_dir, "out": predictions}
     return _command(job, "eval_mmau.py", paths | job.evaluation_flags())
 
 

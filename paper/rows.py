@@ -123,6 +123,11 @@ class Job:
         """The name or folder of the model that all rows of this seed start from."""
         return str(self.folder.parent / "base") if self.args.toy else self.args.model
 
+    @property
+    def evaluated(self) -> str:
+        """The model that answers: the checkpoint of a trained row, else the base model."""
+        return str(self.checkpoint) if self.row.script else self.base_model
+
     # ---- settings ----
 
     @property
