@@ -201,10 +201,10 @@ def parse_record(record: dict, place: str, folder: str) -> Question:
 
 
 def step_indices(num_questions: int, position: int, prompts_per_rank: int, rank: int, seed: int) -> list[int]:
-    """Return the indices of the questions that `rank` trains on in the next step, [prompts_per_rank].
+    """Return the indices of a rank's questions in the next batch, [prompts_per_rank].
 
     All ranks read one endless stream of epochs. Each epoch is a new shuffle of all questions, given by seed and epoch,
-    so every question is used once per epoch, for any number of ranks. A step takes the next questions of the stream:
+    so every question is used once per epoch, for any number of ranks. A batch takes the next questions of the stream:
     the first prompts_per_rank for rank 0, the following ones for rank 1, and so on. `position` is the number of
     questions that all ranks have taken so far, the only state that a run has to save.
     """

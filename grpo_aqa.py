@@ -35,9 +35,10 @@ from infra.flags import ON_OFF
 from infra.processes import mean_length
 from model.decoding import GroupDecoder
 from model.lora import adapter_off, dropout_on
-from model.qwen2_audio import Prompt, frozen_copy, slice_prompt
+from model.qwen2_audio import Prompt, frozen_copy, pick_prompts
 from policy import completion_logprobs, data_parallel, decode_text, sample_group, stop_token_ids
 from reward import REWARDS
+from training.groups import Groups, equal_rewards, needs_sampling, replace_equal
 from training.metrics import summarize
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 from training.run import Run, run_training
@@ -73,8 +74,7 @@ def group_advantages(rewards: Tensor, normalize_std: bool = True) -> Tensor:
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # [B, G] - [B, 1]
     if normalize_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-4)
-    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # [B, 1]; here the mean may be off by a rounding
-    return advantages.masked_fill(equal, 0.0)
+    return advantages.masked_fill(equal_rewards(rewards)[:, None], 0.0)  # their mean may be off by a rounding
 
 
 def grpo_loss(
@@ -160,6 +160,7 @@ class Rollout:
     ref_logprobs: Tensor | None  # [N, T]; None without a KL penalty
     old_logprobs: Tensor | None  # [N, T]; None for a single update: old and current policy are the same
     sampled_logprobs: Tensor | None = None  # [N, T]: the sampler's, for sampler_gap
+    share: float = 1.0  # of its part's completions; the others, left out, have no gradient
 
 
 @torch.no_grad()
@@ -182,12 +183,17 @@ def make_rollouts(
     prompt: B prompts; completions, mask: [N, T]; advantages: [N]. reference: None without a KL penalty. Each of the
     `parts` goes through the model by itself (gradient accumulation). keep_old: also compute the log-probs of the policy
     as it sampled, which several updates need. sampled_logprobs: [N, T], those of sample_group, for sampler_gap.
+
+    Without a reference, groups of equal rewards are left out: with all advantages 0 and no KL, their gradient is 0. A
+    part keeps at least one group, because DistributedDataParallel waits for a backward pass of every rank.
     """
     prompts, rollouts = len(prompt["input_ids"]), []
     group_size, size = len(completions) // prompts, prompts // parts
+    useful = (advantages.view(prompts, group_size) != 0).any(dim=1).tolist()  # B
     for i in range(0, prompts, size):
-        rows = slice(i * group_size, (i + size) * group_size)
-        part = slice_prompt(prompt, i, i + size), completions[rows], mask[rows]
+        kept = [b for b in range(i, i + size) if useful[b] or reference is not None] or [i]
+        rows = [b * group_size + g for b in kept for g in range(group_size)]
+        part = pick_prompts(prompt, kept), completions[rows], mask[rows]
         ref_logprobs = old_logprobs = None
         if reference is not None:
             with clock("reference"), adapter_off(policy):  # with LoRA, the reference is the policy without its adapter
@@ -196,7 +202,7 @@ def make_rollouts(
             with clock("train"):
                 old_logprobs, _ = completion_logprobs(policy, *part, temperature)
         sampled = None if sampled_logprobs is None else sampled_logprobs[rows]
-        rollouts.append(Rollout(*part, advantages[rows], ref_logprobs, old_logprobs, sampled))
+        rollouts.append(Rollout(*part, advantages[rows], ref_logprobs, old_logprobs, sampled, len(kept) / size))
     return rollouts
 
 
@@ -211,7 +217,7 @@ def accumulate_gradients(
     length: float | None = None,
     ratio: str = "token",
 ) -> dict[str, float]:
-    """Run log-probs, loss and backward for rollouts of equal size, one after the other. Return the loss and its stats.
+    """Run log-probs, loss and backward for the rollouts of equal parts, one after the other. Return the loss and stats.
 
     Leaves the gradient of the mean loss over the rollouts of all ranks in the parameters. Gradients add up on each
     rank, and the ranks average them once, in the last backward. temperature: that of sampling. The other keywords are
@@ -235,7 +241,9 @@ def accumulate_gradients(
                 length=length,
                 ratio=ratio,
             )
+            loss = rollout.share * loss  # completions that were left out have loss 0 and are not clipped
             (loss / len(rollouts)).backward()
+        stats["clip_fraction"] *= rollout.share
         stats |= {"loss": loss, "entropy": entropy.sum() / rollout.mask.sum()}
         if rollout.sampled_logprobs is not None:  # like `logprobs`, 0 outside the mask
             stats["sampler_gap"] = (logprobs - rollout.sampled_logprobs).abs().sum() / rollout.mask.sum()
@@ -268,12 +276,11 @@ def train(args: argparse.Namespace, run: Run) -> None:
     ddp_policy = data_parallel(policy, run.first_prompt(), args.gradient_checkpointing)
     optimizer = ShardedAdamW(trainable(policy))
 
-    # The data order: every epoch is a new shuffle of all questions; the ranks share each step's questions.
+    # The data order: every epoch is a new shuffle of all questions; the ranks share each batch of questions.
     order = partial(step_indices, len(run.questions), prompts_per_rank=args.prompts_per_rank, rank=dist.get_rank(),
                     seed=args.seed)  # fmt: skip
-    run.start(optimizer, order)
-    # Its memory serves all steps.
-    decoder = GroupDecoder(
+    run.start(optimizer, order, batches_per_step=1 + args.dynamic_sampling)
+    decoder = GroupDecoder(  # its memory serves all steps
         policy, args.group_size, args.max_new_tokens, args.cuda_graph, args.prompts_per_rank, run.longest_prompt()
     )
     stop_ids = stop_token_ids(policy, processor)
@@ -281,33 +288,39 @@ def train(args: argparse.Namespace, run: Run) -> None:
     for step in run.steps():
         lr = args.lr * (1 - (step - 1) / args.steps)  # linear decay to 0
 
-        # 1. Questions: B of them, this rank's share of the step.
-        questions, prompt = run.next_batch()
+        sampled: list[Groups] = []
+        while needs_sampling(sampled, args.dynamic_sampling):  # a single round without --dynamic_sampling
+            # 1. Questions: B of them, this rank's share of the batch.
+            questions, prompt = run.next_batch()
 
-        # 2. Sample G completions of each question, [B * G, T].
-        with run.clock("sample"):
-            completions, mask, sampled_logprobs = sample_group(
-                policy, prompt, args.group_size, args.max_new_tokens, args.temperature, stop_ids, run.generator, decoder
-            )
-        texts = decode_text(processor, completions, mask)
+            # 2. Sample G completions of each question, [B * G, T].
+            with run.clock("sample"):
+                completions, mask, logprobs = sample_group(
+                    policy, prompt, args.group_size, args.max_new_tokens, args.temperature, stop_ids, run.generator,
+                    decoder,
+                )  # fmt: skip
+            texts = decode_text(processor, completions, mask)
 
-        # 3. Rewards: a weighted sum, [B, G].
-        scores = score_completions(texts, questions, args.template, list(args.reward_weights))
-        rewards = total_reward(scores, args.reward_weights)
+            # 3. Rewards: a weighted sum, [B, G].
+            scores = score_completions(texts, questions, args.template, list(args.reward_weights))
+            rewards = total_reward(scores, args.reward_weights)
+            sampled.append(Groups(questions, prompt, completions, mask, logprobs, texts, scores, rewards))
+        with run.clock("data"):
+            groups = replace_equal(sampled)  # with a single round, its own groups
 
         # 4. Advantages within each group, [B, G].
-        advantages = group_advantages(rewards, args.normalize_std)
+        advantages = group_advantages(groups.rewards, args.normalize_std)
 
         # 5. Log-probs of the reference and, if there are several updates, of the policy that sampled, [B * G, T].
         rollouts = make_rollouts(
-            policy, reference, prompt, completions, mask, advantages.flatten().to(run.device),
+            policy, reference, groups.prompt, groups.completions, groups.mask, advantages.flatten().to(run.device),
             parts=args.accumulation_steps, temperature=args.temperature, keep_old=args.updates_per_rollout > 1,
-            sampled_logprobs=sampled_logprobs, clock=run.clock,
+            sampled_logprobs=groups.sampled_logprobs, clock=run.clock,
         )  # fmt: skip
 
         # 6. Log-probs of the policy, loss, backward. With a single update the policy is still the one that sampled: its
         #    ratio is exactly 1, and nothing is clipped.
-        length, updates = loss_length(mask, args.loss_average, args.max_new_tokens), []
+        length, updates = loss_length(groups.mask, args.loss_average, args.max_new_tokens), []
         for _ in range(args.updates_per_rollout):
             with run.clock("train"), dropout_on(policy):
                 stats = accumulate_gradients(
@@ -318,16 +331,16 @@ def train(args: argparse.Namespace, run: Run) -> None:
             # 7. Clip the gradient to a global norm, and take a step of AdamW.
             with run.clock("update"):
                 grad_norm = optimizer.grad_norm()
-                run.require_finite(stats["loss"], grad_norm)
+                run.require_finite(stats["loss"], grad_norm, groups.questions)
                 optimizer.step(lr, clip_scale(grad_norm, args.max_grad_norm))
             updates.append(stats)
 
         # Metrics, completions, checkpoint, resume state.
         metrics = {"kl": None} | {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
         metrics |= {"sampler_gap": updates[0]["sampler_gap"], "grad_norm": grad_norm}  # later updates change the policy
-        metrics |= summarize(scores, rewards, completions, mask, stop_ids, run.clock.phases["sample"])
+        metrics |= summarize(sampled, groups, stop_ids, run.clock.phases["sample"])
         run.record(lr, metrics, shown=["reward", *scores, "kl", "completion_tokens", "seconds"])
-        run.log_completions(texts, scores, rewards, advantages)
+        run.log_completions(groups, advantages)
         run.save_if_due()
     run.finish()
 
@@ -367,18 +380,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("beta", 0.04, "weight of the KL penalty; 0: no reference model")
     add("clip_low", 0.2, "clip the ratio at 1 minus this")
     add("clip_high", 0.2, "clip the ratio at 1 plus this")
-    add(
-        "ratio",
-        "token",
-        "one ratio per token, or per completion (GSPO)",
-        choices=("token", "sequence"),
-    )
+    add("ratio", "token", "one ratio per token, or per completion (GSPO)", choices=("token", "sequence"))
     averages = "divide a completion's loss by its length, the step's mean length, or --max_new_tokens"
     add("loss_average", "completion", averages, choices=("completion", "token", "constant"))
     add("normalize_std", "on", "divide advantages by their group's deviation", **ON_OFF)
     add("updates_per_rollout", 1, "optimizer steps per rollout")
-    log_kl = "measure the KL with beta 0, too; without --lora_rank this takes a second model"
-    group.add_argument("--log_kl", action="store_true", help=log_kl)
+    add("dynamic_sampling", 0, "most further rounds of sampling to replace groups of equal rewards (DAPO)")
+    group.add_argument("--log_kl", action="store_true", help="measure the KL with beta 0, too; needs the reference")
     add("log_completions_every", 10, "steps between entries of completions.jsonl")
     return parser
 

@@ -3,6 +3,7 @@
     python reproduce.py                 the toy, one seed, on two CPU cores
     python reproduce.py --seeds 3       three seeds; each has its own base model, all share one world of sounds
     python reproduce.py --transfer      the paper's situation: trained on sounds alone, tested on all areas
+    python reproduce.py --variants      what each variant of GRPO buys: time to a held-out accuracy, final accuracy
     python reproduce.py --model Qwen/Qwen2-Audio-7B-Instruct --data data/AVQA/train_qa.json \\
         --audio_dir data/AVQA/wavs --mmau data/MMAU/mmau-test-mini.json --nproc_per_node 8 --skip_bad_audio
 
@@ -32,10 +33,11 @@ from infra.ownership import OWNER, owner_file, owning
 from model.checkpoints import check_model, identify_model
 from paper.commands import evaluation_command, run_command, training_command
 from paper.estimate import disk_bytes, disk_text, duration, rates_text, require_disk, time_text
-from paper.rows import ROWS, TRANSFER_ROWS, Job, finished_jobs, is_tuned, jobs, read_record, sha256, table_rows
+from paper.rows import ROWS, TABLES, Job, finished_jobs, is_tuned, jobs, read_record, sha256, table_rows
 from paper.table import write_table
 from paper.transfer import TRANSFER_STEPS, make_transfer, measure
 from paper.transfer_table import write_transfer
+from paper.variants_table import write_variants
 from training import toy_model
 from training.preflight import CACHE, check_texts, load_checked
 from training.run_folder import step_folders
@@ -54,12 +56,12 @@ TRANSFER_FILES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    others = (f"; with --{kind}: {', '.join(row.name for row in rows)}" for kind, rows in TABLES.items())
     parser = Parser(
         usage="%(prog)s [--model NAME --data FILE --mmau FILE] [settings]",
         description="Train and evaluate every row of the paper's table, and write the table. Without --model, use the "
-        f"toy, which needs no GPU. Rows: {', '.join(row.name for row in ROWS)} (the toy lacks sft_at_grpo_rate); "
-        "with --transfer: "
-        f"{', '.join(row.name for row in TRANSFER_ROWS)}.",
+        f"toy, which needs no GPU. Rows: {', '.join(row.name for row in ROWS)} (the toy lacks "
+        f"sft_at_grpo_rate){''.join(others)}.",
     )
 
     def add(name, help, **kwargs):
@@ -76,7 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rates = "train seed 0 of each row at a third, once and three times its learning rate; use the best rate"
     add("tune_rates", rates, action="store_true")
     add("transfer", "train the toy on noisy sounds alone and test it on all areas", action="store_true")
-    add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy or runs/reproduce_transfer]")
+    add("variants", "train the toy with variants of GRPO; compare time and accuracy", action="store_true")
+    add("out", "folder of the table [runs/reproduce; toy: runs/reproduce_toy, _transfer or _variants]")
     add("rows", "names of the rows to run, separated by commas [all; --transfer: all but LoRA]")
     add("seeds", "runs of each row", type=int, default=1)
     add("steps", f"training steps of each row [1000; toy: {TOY_STEPS}; --transfer: {TRANSFER_STEPS}]", type=int)
@@ -96,13 +99,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.nproc_per_node is None:
         args.nproc_per_node = 2 if args.toy else max(1, torch.cuda.device_count())
     noise = (args.label_noise, args.heldout_noise) != (0.0, 1.0)
-    if args.transfer and (args.model or args.tune_rates or noise):
-        parser.error("--transfer cannot be combined with --model, --tune_rates, --label_noise or --heldout_noise")
+    kinds = [kind for kind in TABLES if getattr(args, kind)]
+    if kinds and (len(kinds) > 1 or args.model or args.tune_rates or noise):
+        other = "each other, --model, --tune_rates, --label_noise or --heldout_noise"
+        parser.error(f"--transfer and --variants cannot be combined with {other}")
     if args.toy:
         for name in ("data", "audio_dir", "mmau", "mmau_audio_dir", "validation", "validation_audio_dir"):
             if getattr(args, name):
                 parser.error(f"--{name} needs --model")
-        args.out = args.out or ("runs/reproduce_transfer" if args.transfer else "runs/reproduce_toy")
+        args.out = args.out or f"runs/reproduce_{kinds[0] if kinds else 'toy'}"
         for name, path in (TRANSFER_FILES if args.transfer else TOY_FILES).items():
             setattr(args, name, os.path.join(args.out, path))
     else:
@@ -134,7 +139,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 
     reproduce.json in args.out holds digests of the model and of the questions: all rows of a table share them.
     """
-    shared: dict = {"transfer": args.transfer}
+    shared: dict = {"transfer": args.transfer, "variants": args.variants}
     if args.toy:
         shared |= {"model": None, "label_noise": args.label_noise, "heldout_noise": args.heldout_noise}
     else:
@@ -160,7 +165,7 @@ def check_inputs(args: argparse.Namespace) -> None:
     saved: dict = {}
     if path.exists():
         try:
-            saved = {"transfer": False} | dict(json.loads(path.read_text(encoding="utf-8")))
+            saved = {"transfer": False, "variants": False} | dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); name another folder with --out") from None
     # Older tables have no model_digest, and a table has a validation_digest only if its rates were tuned.
@@ -227,7 +232,7 @@ def make_toy(job: Job) -> None:
         make_transfer(Path(args.out, "worlds"), base, job.seed)
         return
     toy_model.make_world(Path(args.data).parent, heldout_noise=args.heldout_noise, label_noise=args.label_noise)
-    if args.tune_rates:
+    if args.tune_rates or args.variants:
         folder = Path(args.validation).parent
         toy_model.make_world(folder, num_train=0, seed=1, heldout_noise=args.heldout_noise)
     if not base.exists():
@@ -260,14 +265,14 @@ def remove_all_but(checkpoint: Path) -> None:
 
 def reproduce(args: argparse.Namespace) -> int:
     """Run all jobs that are not finished, and write the table after each. Return the exit status."""
-    write = write_transfer if args.transfer else write_table
+    write = write_transfer if args.transfer else write_variants if args.variants else write_table
     check_inputs(args)
     every = jobs(args)
     todo = [job for job in every if not job.is_finished()]
     print(f"{args.out}: {len(every) - len(todo)} of {len(every)} rows are finished")
     needed = disk_bytes(args, todo)
     print(f"time: {time_text(args, todo)}\ndisk: {disk_text(args.out, needed)}", flush=True)
-    if not (args.transfer or args.tune_rates) and any(job.row.script for job in every):
+    if not (args.transfer or args.variants or args.tune_rates) and any(job.row.script for job in every):
         print(f"two more learning rates of each trained row (--tune_rates): {rates_text(args)} of training", flush=True)
     if args.dry_run:
         for job in todo:

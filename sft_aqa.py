@@ -99,7 +99,7 @@ def train(args: argparse.Namespace, run: Run) -> None:
         # 5. Clip the gradient to a global norm, and take a step of AdamW.
         with run.clock("update"):
             grad_norm = optimizer.grad_norm()
-            run.require_finite(metrics["loss"], grad_norm)
+            run.require_finite(metrics["loss"], grad_norm, questions)
             optimizer.step(lr, clip_scale(grad_norm, args.max_grad_norm))
 
         # Metrics, checkpoint, resume state.

@@ -30,6 +30,7 @@ LIMITS = {
     "clip_low": "(0, 1]",
     "clip_high": "(0, 1000]",
     "updates_per_rollout": "[1, 1000]",
+    "dynamic_sampling": "[0, 100]",
     "log_completions_every": "[1, 10000000]",
     # evaluation
     "batch_size": "[1, 65536]",

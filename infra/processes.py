@@ -284,8 +284,8 @@ def catch_sigterm() -> threading.Event:
 # phase -> what makes it need less memory
 LESS_MEMORY = {
     "loading the model": "use larger GPUs or --dtype bfloat16: each GPU holds all weights",
-    "data": "lower --prompts_per_rank",
-    "listen": "lower --prompts_per_rank",
+    "data": "lower --prompts_per_rank or --dynamic_sampling",
+    "listen": "lower --prompts_per_rank or --dynamic_sampling",
     "sample": "lower --prompts_per_rank, --group_size or --max_new_tokens",
     "reference": "raise --accumulation_steps; with --beta 0 or --lora_rank there is no reference model",
     "train": "raise --accumulation_steps, lower --group_size or --max_new_tokens, use --gradient_checkpointing on",

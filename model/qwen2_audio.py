@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -27,13 +28,31 @@ PAD_FRAMES = 2  # mel frames behind the end of a clip that the convolutions read
 
 def slice_prompt(prompt: Prompt, start: int, stop: int) -> Prompt:
     """Return prompts start to stop of a batch, without the padding that only longer prompts needed."""
-    ids, mask, mel, mel_mask = (prompt[name][start:stop] for name in FIELDS)
+    return pick_prompts(prompt, slice(start, stop))
+
+
+def pick_prompts(prompt: Prompt, rows: slice | list[int]) -> Prompt:
+    """Return some prompts of a batch, without the padding that only longer prompts needed."""
+    ids, mask, mel, mel_mask = (prompt[name][rows] for name in FIELDS)
     tokens, frames = int(mask.sum(-1).max()), int(mel_mask.sum(-1).max())
     mel, mel_mask = mel[:, :, : frames + PAD_FRAMES], mel_mask[:, : frames + PAD_FRAMES]
     part = dict(zip(FIELDS, (ids[:, -tokens:], mask[:, -tokens:], mel, mel_mask)))
     if "heard" in prompt:
-        part["heard"] = prompt["heard"][start:stop, : audio_tokens(frames)]
+        part["heard"] = prompt["heard"][rows, : audio_tokens(frames)]
     return part
+
+
+def join_prompts(prompts: list[Prompt]) -> Prompt:
+    """Join batches of prompts into one batch. A shorter clip gets zeros behind the frames that the tower reads."""
+    rows = {name: [row for prompt in prompts for row in prompt[name]] for name in prompts[0]}
+    left, right = (partial(pad_sequence, batch_first=True, padding_side=side) for side in ("left", "right"))
+    joined = {
+        "input_ids": left(rows["input_ids"], padding_value=int(rows["input_ids"][0][-1])),  # any token but <|AUDIO|>
+        "attention_mask": left(rows["attention_mask"]),
+        "input_features": right([mel.T for mel in rows["input_features"]]).mT,
+        "feature_attention_mask": right(rows["feature_attention_mask"]),
+    }
+    return joined | ({"heard": right(rows["heard"])} if "heard" in rows else {})
 
 
 def audio_tokens(frames):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from paper.rows import Job
+from paper.rows import HELDOUT_EVERY, Job
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts
 
@@ -20,7 +20,8 @@ def training_command(job: Job) -> list[str]:
     """Build the command that starts the training of a job, or continues it."""
     paths = {"model": job.base_model, "data": job.args.data, "audio_dir": job.args.audio_dir, "out": job.run_folder}
     saving = {"save_every": 100, "keep_last": 1}
-    return [*_command(job, job.row.script, paths | job.training_flags() | saving), "--resume"]
+    scoring = {"heldout": job.args.validation, "heldout_every": HELDOUT_EVERY} if job.args.variants else {}
+    return [*_command(job, job.row.script, paths | job.training_flags() | saving | scoring), "--resume"]
 
 
 def evaluation_command(job: Job, predictions: Path) -> list[str]:

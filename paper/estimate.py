@@ -60,9 +60,10 @@ def rates_text(args: argparse.Namespace) -> str:
 
 
 def step_times(job: Job) -> list[float]:
-    """Read the seconds of each step that the job's training has recorded."""
+    """Read the seconds of each step that the job's training has recorded. Held-out scores are part of their step."""
     steps = read_jsonl(job.run_folder / "metrics.jsonl")
-    return [step["seconds"] for step in steps if isinstance(step.get("seconds"), int | float)]
+    timed = [step for step in steps if isinstance(step.get("seconds"), int | float)]
+    return [step["seconds"] + step.get("seconds_heldout", 0) for step in timed]
 
 
 def step_seconds(job: Job) -> float | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from evaluation.scores import is_right, read_predictions
 from training.settings import LORA_LR, LR, TOY_LR, TOY_PROMPTS, TOY_TOKENS
@@ -20,7 +21,7 @@ class Row:
     script: str = ""  # trains the row; without a script, the starting model is evaluated
     lora: bool = False
     lr: float | None = None  # None: the script's own, times LORA_LR with LoRA
-    beta: float | None = None  # None: the script's own
+    flags: tuple[tuple[str, Any], ...] = ()  # further flags of the script
 
 
 SFT, GRPO = "sft_aqa.py", "grpo_aqa.py"
@@ -37,22 +38,38 @@ ROWS = (
     Row("grpo_think", "GRPO, think", "think", GRPO),
     Row("grpo_lora", "GRPO, LoRA (answer)", "answer", GRPO, lora=True),
 )
+BETA_0 = (("beta", 0.0),)
 TRANSFER_ROWS = (
     Row("untouched", "base", "answer"),
     *(Row(f"sft_{lr}", "SFT, full", "answer", SFT, lr=float(lr)) for lr in ("1e-4", "3e-4", "1e-3")),
     *(Row(f"grpo_{lr}", "GRPO", "answer", GRPO, lr=float(lr)) for lr in ("1e-4", "3e-4", "1e-3")),
-    Row("grpo_beta_0", "GRPO, beta 0", "answer", GRPO, lr=3e-4, beta=0.0),
+    Row("grpo_beta_0", "GRPO, beta 0", "answer", GRPO, lr=3e-4, flags=BETA_0),
     Row("sft_lora", "SFT, LoRA", "answer", SFT, lora=True, lr=3e-3),
     Row("grpo_lora", "GRPO, LoRA", "answer", GRPO, lora=True, lr=3e-3),
 )
+# The flags of docs/algorithm.md, all with beta 0: the rows differ from beta_0 by their variant alone.
+DR_GRPO = (("normalize_std", "off"), ("loss_average", "constant"), *BETA_0)
+DAPO_LOSS = (("loss_average", "token"), ("clip_high", 0.28), *BETA_0)
+GSPO = (("ratio", "sequence"), ("clip_low", 3e-4), ("clip_high", 4e-4), ("updates_per_rollout", 4), *BETA_0)
+VARIANT_ROWS = (
+    Row("paper", "the paper's settings", "answer", GRPO),
+    Row("beta_0", "beta 0", "answer", GRPO, flags=BETA_0),
+    Row("dr_grpo", "Dr. GRPO", "answer", GRPO, flags=DR_GRPO),
+    Row("dapo_loss", "DAPO's loss", "answer", GRPO, flags=DAPO_LOSS),
+    Row("dapo", "DAPO's loss, dynamic sampling", "answer", GRPO, flags=(*DAPO_LOSS, ("dynamic_sampling", 3))),
+    Row("gspo_4", "GSPO, 4 updates", "answer", GRPO, flags=GSPO),
+)
+TABLES = {"transfer": TRANSFER_ROWS, "variants": VARIANT_ROWS}  # flag of reproduce.py -> rows
+HELDOUT_EVERY = 10  # steps between held-out scores of VARIANT_ROWS
 LORA_RANK = 8
 RATES = (1.0, 1 / 3, 3.0)  # factors on a row's learning rate that --tune_rates compares
 
 
 def table_rows(args: argparse.Namespace) -> list[Row]:
     """List all rows of the table that reproduce.py's args ask for, also the ones that --rows leaves out."""
-    if args.transfer:
-        return list(TRANSFER_ROWS)
+    for kind, rows in TABLES.items():
+        if getattr(args, kind):
+            return list(rows)
     return [row for row in ROWS if row.lr is None or not (args.toy or args.tune_rates)]
 
 
@@ -146,9 +163,7 @@ class Job:
             flags["lr"] = self.lr
         if self.row.lora:
             flags["lora_rank"] = LORA_RANK
-        if self.row.beta is not None:
-            flags["beta"] = self.row.beta
-        return flags
+        return flags | dict(self.row.flags)
 
     def evaluations(self) -> dict[Path, tuple[str, str | None]]:
         """Return the row's predictions files, each with its question file and the folder of relative audio paths."""

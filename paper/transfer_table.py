@@ -71,7 +71,7 @@ def transfer_results(finished: list[Job]) -> dict:
         own = {seed: values for (name, seed), values in figures.items() if name == row.name}
         columns = {column: spread({s: v[column] for s, v in own.items()}, column) for column in COLUMNS if own}
         title = ", ".join(filter(None, (row.title, rate_text(row.lr))))
-        about = {"row": row.name, "title": title, "lr": row.lr, "beta": row.beta, "lora": row.lora}
+        about = {"row": row.name, "title": title, "lr": row.lr, "beta": dict(row.flags).get("beta"), "lora": row.lora}
         rows.append(about | {"columns": columns})
     others = {key: [value == 1 for value in values["others"]] for key, values in figures.items()}
     pairs = [compare(others, a, b) for a, b in COMPARED]

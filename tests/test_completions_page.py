@@ -14,6 +14,7 @@ import torch
 from data import Question
 from evaluation import completions_page
 from evaluation.completions_page import completions_html, is_group
+from training.groups import Groups
 from training.metrics import log_completions, read_jsonl
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -64,7 +65,9 @@ def groups(tmp_path, monkeypatch):
         texts = [EVIL, "a Dog\n barks", "", "a cat", "a dog", f"{step}"]
         (tmp_path / "run").mkdir(exist_ok=True)
         path = tmp_path / "run" / "completions.jsonl"
-        log_completions(path, step, asked, "answer", texts, scores, rewards, advantages)
+        tokens = torch.zeros(6, 1)
+        groups = Groups(asked, {}, tokens, tokens, tokens, texts, scores, rewards)
+        log_completions(path, step, "answer", groups, advantages)
     return read_jsonl(path)
 
 

@@ -30,7 +30,7 @@ def test_time_from_measured_steps(tmp_path):
         jobs[name].record.write_text(json.dumps({"settings": {}, "evaluation_seconds": 39}))
     half = jobs["grpo_lora"]
     half.run_folder.mkdir(parents=True)
-    whole = '{"step": 1, "seconds": 7}\n{"step": 2, "seconds": 9}\n'
+    whole = '{"step": 1, "seconds": 7}\n{"step": 2, "seconds": 4, "seconds_heldout": 5}\n'
     metrics = half.run_folder / "metrics.jsonl"
     metrics.write_text("\0\0\n" + whole + '{"step": 3}\n{"step": 4, "secon')  # some lines are damaged
     half.record.write_text(json.dumps({"settings": half.settings()}))

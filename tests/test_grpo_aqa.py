@@ -313,6 +313,39 @@ def test_the_sampler_gap_is_only_rounding(one_rank, tiny, questions):
     assert gaps[0] < 1e-5 < 0.01 < gaps[1]
 
 
+# ---- groups of equal rewards ----
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("length", [None, 2.6])
+def test_without_a_reference_groups_of_equal_rewards_are_left_out(exact, one_rank, tiny, questions, length, updates):
+    """The gradient and the loss are the ones of all completions. In the second part, all groups have equal rewards."""
+    model, prompt = copy.deepcopy(tiny[0]), encode_prompts(tiny[1], questions, "answer")
+    sampled = sample_group(model, prompt, 4, 6, 1.0, list(range(0, 99, 3)), torch.Generator().manual_seed(0))
+    completions, mask, logprobs = sampled
+    rewards = torch.tensor([[1.0] * 4, [0.0, 1.0, 1.0, 2.0], [0.0] * 4, [2.0] * 4])
+    advantages, found = group_advantages(rewards).flatten(), []
+    ddp_policy = data_parallel(model, slice_prompt(prompt, 0, 1), False)
+    for reference in (None, model):
+        rollouts = make_rollouts(
+            model, reference, prompt, completions, mask, advantages,
+            parts=2, temperature=1.0, keep_old=updates > 1, sampled_logprobs=logprobs,
+        )  # fmt: skip
+        model.zero_grad()
+        stats = accumulate_gradients(
+            ddp_policy, rollouts, temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, length=length
+        )
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((stats["loss"], stats["clip_fraction"], gradients))
+        sizes = [len(rollout.completions) for rollout in rollouts]
+        assert sizes == ([4, 4] if reference is None else [8, 8]) and stats["sampler_gap"] < 1e-9
+    (loss, clipped, gradients), (expected_loss, expected_clipped, expected) = found
+    assert (loss, clipped) == pytest.approx((expected_loss, expected_clipped), rel=1e-9, abs=1e-12)
+    assert max(gradient.abs().max() for gradient in expected) > 0.01
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-7, atol=1e-10)
+
+
 # ---- the loop ----
 
 
@@ -329,17 +362,23 @@ def test_the_sampler_gap_in_the_metrics_is_that_before_any_update(runs, forker):
 
 
 def test_the_kl_is_measured_with_beta_0_and_changes_nothing(runs, forker):
-    """With --log_kl, the loss, the gradients and so the weights are the same to the bit."""
+    """With --log_kl, no group is left out of the training pass. Loss, gradient and weights differ by rounding alone."""
     flags = ["--model=base", "--data=questions.jsonl", "--steps=2", "--prompts_per_rank=4", "--max_new_tokens=8",
-             "--lr=1e-2", "--beta=0", "--lora_rank=2"]  # fmt: skip
+             "--lr=1e-2", "--beta=0", "--lora_rank=2", "--group_size=3"]  # fmt: skip
     for name, switches in (("unmeasured", []), ("measured", ["--log_kl"])):
         done = forker.run(runs, ["grpo_aqa.py", *flags, *switches, f"--out={name}"])
         assert done.returncode == 0, done.stderr
-    kl = [record.pop("kl") for record in training_runs.metrics(runs / "measured")]
     measured, unmeasured = (training_runs.metrics(runs / name) for name in ("measured", "unmeasured"))
-    assert measured == [record | {"kl": kl} for record, kl in zip(unmeasured, kl)]
-    assert kl[0] == 0 < 1e-4 < kl[1] and all(record["kl"] is None for record in unmeasured)
-    training_runs.assert_same_weights(runs / "measured" / "step_000002", runs / "unmeasured" / "step_000002")
+    assert 0 < sum(record["equal_reward_groups"] for record in measured) < 2
+    kl = [record.pop("kl") for record in measured]
+    assert kl[0] == 0 < 1e-4 < kl[1] and [record.pop("kl") for record in unmeasured] == [None, None]
+    for record, other in zip(measured, unmeasured, strict=True):
+        for name in ("entropy", "sampler_gap"):  # means over the completions in the training pass
+            del record[name], other[name]
+        assert record == pytest.approx(other, rel=1e-3, abs=1e-5)
+    saved = (runs / name / "step_000002" / "adapter_model.safetensors" for name in ("measured", "unmeasured"))
+    one, two = map(load_file, saved)
+    assert all(torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-5) for name in one | two)
 
 
 def test_the_learning_rate_decays_linearly_to_zero(runs):

@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import matplotlib.figure
 import pytest
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from data import Question
 from evaluation.scores import wilson_interval
 from policy import encode_prompts, sample_group
+from training.groups import Groups
 from training.metrics import append_jsonl, cut_jsonl, draw_curves, log_completions, summarize
 
 # ---- a step ----
@@ -22,7 +24,7 @@ def test_metrics_of_completions_against_loops(one_rank, tiny, questions, monkeyp
     model, processor = tiny
     stops = list(range(0, model.config.text_config.vocab_size, 4))
     prompt, generator = encode_prompts(processor, questions, "answer"), torch.Generator().manual_seed(2)
-    completions, mask, _ = sample_group(model, prompt, 6, 3, 1.0, stops, generator)
+    completions, mask, logprobs = sample_group(model, prompt, 6, 3, 1.0, stops, generator)
     lengths = [int(row.sum()) for row in mask]
     ends = [int(row[length - 1]) in stops for row, length in zip(completions, lengths)]
     assert {(length, end) for length, end in zip(lengths, ends)} == {(1, True), (2, True), (3, True), (3, False)}
@@ -30,16 +32,20 @@ def test_metrics_of_completions_against_loops(one_rank, tiny, questions, monkeyp
     format_ = torch.tensor([[1.0] * 6, [0.0] * 5 + [1.0], [0.0] * 3 + [1.0] * 3, [0.0] * 6])
     scores, rewards = {"accuracy": accuracy, "format": format_}, accuracy + format_
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    metrics = summarize(scores, rewards, completions, mask, stops, seconds=0.5)
+    first = Groups(questions, prompt, completions, mask, logprobs, [], scores, rewards)
+    trained = replace(first, rewards=rewards.clone())
+    trained.rewards[2] = torch.arange(6)  # the others of equal rewards were not replaced
+    metrics = summarize([first, trained, first], trained, stops, seconds=0.5)
     deviations = [statistics.stdev(group) for group in rewards.tolist()]
     assert metrics == pytest.approx({
         "reward": rewards.sum().item() / 24, "reward_std": sum(deviations) / 4, "accuracy": 9 / 24, "format": 10 / 24,
-        "equal_reward_groups": 3 / 4, "all_right_groups": 1 / 4, "all_wrong_groups": 2 / 4,
+        "equal_reward_groups": 3 / 4, "replaced_groups": 1 / 4, "sampling_rounds": 3, "all_right_groups": 1 / 4,
+        "all_wrong_groups": 2 / 4,
         "completion_tokens": sum(lengths) / 24, "truncated_completions": ends.count(False) / 24,
-        "tokens_per_second": 2 * sum(lengths) / 0.5,
+        "tokens_per_second": 2 * 3 * sum(lengths) / 0.5,
     })  # fmt: skip
     del scores["accuracy"]
-    assert metrics.keys() - summarize(scores, rewards, completions, mask, stops, seconds=0.5).keys() == {
+    assert metrics.keys() - summarize([first], first, stops, seconds=0.5).keys() == {
         "accuracy", "all_right_groups", "all_wrong_groups"}  # fmt: skip
 
 
@@ -71,7 +77,9 @@ def test_completions_have_one_line_a_question(tmp_path):
     advantages = torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 1 / 3]])
     scores = {"accuracy": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]), "format": torch.ones(2, 3)}
     texts = ["1", "2", "3", "4", "5", "line\n\u2028 six"]
-    records = log_completions(tmp_path / "c.jsonl", 7, asked, "direct", texts, scores, rewards, advantages)
+    tokens = torch.zeros(6, 1)
+    groups = Groups(asked, {}, tokens, tokens, tokens, texts, scores, rewards)
+    records = log_completions(tmp_path / "c.jsonl", 7, "direct", groups, advantages)
     first, second = map(json.loads, (tmp_path / "c.jsonl").read_text(encoding="utf-8").split("\n")[:-1])
     assert records == [first, second]
     prompt = "What? Please choose the answer from the following options: ['x', 'y']."

@@ -50,7 +50,11 @@ first = int(states[-1].name[5:]) + 1 if states else 1
 for step in range(first, steps + 1):
     (out / "resume").mkdir(parents=True, exist_ok=True)
     with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, "seconds": 2.0 if script == "sft_aqa.py" else 4.0}) + "\\n")
+        record = {"step": step, "seconds": 2.0 if script == "sft_aqa.py" else 4.0, "equal_reward_groups": step / 4}
+        if "heldout" in flags and step >= 2:
+            assert flags["heldout_every"] == "10" and Path(flags["heldout"]).exists()
+            record["heldout_accuracy"] = step * 3 / 10
+        file.write(json.dumps(record) + "\\n")
     print(f"step {step}", flush=True)
     while (here / "wait").exists() and step == 2 and not ended:
         time.sleep(0.01)
@@ -68,7 +72,7 @@ EVALUATE = """
 name, seed = Path(flags["out"]).parts[-2], int(Path(flags["out"]).parts[-3][5:])
 assert Path(flags["ckpt"]).is_dir()
 records = json.loads(Path(flags["data"]).read_text())
-limit = {"untouched": 3, "sft": 5, "grpo": 8}[name.split("_")[0]]
+limit = {"untouched": 3, "sft": 5, "grpo": 8}.get(name.split("_")[0], 7)
 if Path(flags["out"]).stem == "validation":
     limit = {"sft_full_x3": 6, "grpo_answer_x0.33": 9}.get(name, 5)
 for i, record in enumerate(records):
@@ -336,6 +340,28 @@ def test_transfer(stubs, tmp_path, monkeypatch, capfd):
     assert "t: holds the rows of another table, transfer True (now False)" in capfd.readouterr().err
 
 
+def test_variants(stubs, tmp_path, monkeypatch, capfd):
+    """Held-out scores come from a world of their own. A row that failed is tried again; the other row stays."""
+    flags = ("--variants", "--out", "t", "--rows", "paper,gspo_4")
+    (stubs / "fail_gspo_4").touch()
+    assert command_line(monkeypatch, *flags) == 1
+    assert "Not finished: gspo_4 of seed 0." in (tmp_path / "t" / "table.md").read_text()
+    (stubs / "fail_gspo_4").unlink()
+    before = len(calls(stubs))
+    assert command_line(monkeypatch, *flags) == 0
+    training, evaluation = calls(stubs)[before:]
+    assert training["ratio"] == "sequence" and training["heldout"] == "t/validation/heldout.json"
+    assert evaluation["data"] == "t/world/heldout.json"
+    found = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert [row["row"] for row in found["rows"] if row["columns"]] == ["paper", "gspo_4"]
+    for row in (found["rows"][0], found["rows"][-1]):
+        assert row["curves"] == {"0": [[2, 8.0, 0.6], [3, 12.0, 0.9]]} and row["columns"]["seconds"]["mean"] == 12
+    assert command_line(monkeypatch, *flags) == 0 and len(calls(stubs)) == before + 2
+    assert "two more learning rates" not in capfd.readouterr().out
+    assert command_line(monkeypatch, "--out", "t") == 1
+    assert "t: holds the rows of another table, variants True (now False)" in capfd.readouterr().err
+
+
 # ---- continuing ----
 
 
@@ -490,7 +516,12 @@ def test_dry_run_writes_nothing(stubs, tmp_path, monkeypatch, capfd):
     ("--model m --data d --mmau e --label_noise 0.1", "--label_noise and --heldout_noise are for the toy"),
     ("--model m --data d --mmau e --tune_rates", "with --model, --tune_rates needs --validation, and"),
     ("--validation v", "--validation needs --model"),
-    ("--transfer --tune_rates", "--transfer cannot be combined with --model, --tune_rates, --label_noise or "),
+    ("--transfer --tune_rates", "--transfer and --variants cannot be combined with each other, --model, --tune_rates"),
+    ("--variants --transfer", "--transfer and --variants cannot be combined with each other"),
+    ("--variants --model m", "--transfer and --variants cannot be combined with each other"),
+    ("--variants --tune_rates", "--transfer and --variants cannot be combined with each other"),
+    ("--variants --label_noise 0.1", "--transfer and --variants cannot be combined with each other"),
+    ("--variants --rows sft_full", "--rows: there is no row 'sft_full'; choose from paper, beta_0, "),
     ("--transfer --rows sft_full", "--rows: there is no row 'sft_full'; choose from untouched, sft_1e-4, "),
     ("--seeds 0", "--seeds must be at least 1, not 0"),
     ("--steps 0", "--steps must be at least 1, not 0"),
@@ -520,7 +551,7 @@ def test_torchrun_is_refused(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_real_scripts(tmp_path):
-    """Two steps of every row of the toy, on two ranks."""
+    """Two steps of every row of the toy, on two ranks. Then of a variant, from the same world and base model."""
     command = [sys.executable, str(ROOT / "reproduce.py"), "--out", "t", "--steps", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -535,6 +566,18 @@ def test_real_scripts(tmp_path):
         assert (checkpoint / "adapter_config.json").exists() == row.lora
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and "9 of 9 rows are finished" in again.stdout and "\n$ " not in again.stdout
+
+    for made in ("world", "seed_0/base"):
+        shutil.copytree(tmp_path / "t" / made, tmp_path / "v" / made)
+    flags = ["--variants", "--out", "v", "--steps", "2", "--rows", "dapo"]
+    done = subprocess.run([*command[:2], *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads((tmp_path / "v" / "results.json").read_text())
+    ((columns, curve),) = [(row["columns"], row["curves"]["0"]) for row in found["rows"] if row["columns"]]
+    assert [point[0] for point in curve] == [2] and 0.1 < curve[0][2] < 0.7 and columns["steps"]["mean"] is None
+    assert curve[0][1] == pytest.approx(2 * columns["seconds_per_step"]["mean"], abs=0.06)
+    tested, scored = ((tmp_path / "v" / part / "heldout.json").read_text() for part in ("world", "validation"))
+    assert tested != scored
 
 
 @pytest.mark.slow

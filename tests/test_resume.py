@@ -149,15 +149,37 @@ def test_an_adapter_with_dropout(runs, script):
 
 @pytest.mark.slow
 def test_three_ranks(runs):
-    """Sums over three ranks depend on their order, and so on the bucket order that DistributedDataParallel learned."""
-    with Start(runs, "three", ranks=3) as whole:
+    """Sums over three ranks depend on their order, and so on the bucket order that DistributedDataParallel learned.
+
+    With dynamic sampling, steps use a different number of questions, and two ranks continue where three have stopped.
+    With beta 0, ranks leave out different numbers of groups.
+    """
+    flags = dict(group_size=2, dynamic_sampling=2, beta=0)
+    with Start(runs, "three", ranks=3, **flags) as whole:
         whole.finish()
-    with Start(runs, "three_killed", ranks=3) as start:
+    with Start(runs, "three_killed", ranks=3, **flags) as start:
         start.wait_until((runs / "three_killed" / "resume" / "step_000004").exists)
         start.kill()
-    assert state(runs / "three_killed") < STEPS
-    finish(runs, "three_killed", "--resume", ranks=3)
+    assert (step := state(runs / "three_killed")) < STEPS
+    for name in ("two", "two_killed"):
+        shutil.copytree(runs / "three_killed", runs / name)
+    finish(runs, "three_killed", "--resume", ranks=3, **flags)
     assert_same_run(runs / "three_killed", runs / "three")
+
+    finish(runs, "two", "--resume", **flags)
+    with Start(runs, "two_killed", "--resume", **flags) as start:
+        start.wait_until((runs / "two_killed" / "resume" / "step_000006").exists)
+        start.kill()
+    assert state(runs / "two_killed") < STEPS
+    finish(runs, "two_killed", "--resume", **flags)
+    assert_same_run(runs / "two_killed", runs / "two")
+    done = {name: [round(own["sampling_rounds"]) for own in metrics(runs / name)] for name in ("three", "two")}
+    assert len(set(done["three"])) > 1 and done["two"][:step] == done["three"][:step]
+    position = 2 * (3 * sum(done["two"][:step]) + 2 * sum(done["two"][step:]))
+    assert (
+        json.loads((runs / "two" / "resume" / names(runs / "two")[-1] / "progress.json").read_text())["position"]
+        == position
+    )
 
 
 # ---- resuming on another number of ranks, with other settings, and after an interrupted save ----

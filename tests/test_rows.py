@@ -45,6 +45,18 @@ def test_each_row_gets_its_flags():
             assert lora.lr == pytest.approx(1e-5)
 
 
+def test_variants_have_flags_that_the_script_takes():
+    args = reproduce.parse_args(["--variants", "--out", "v"])
+    assert args.rows == [row.name for row in rows.VARIANT_ROWS] and args.steps == 360
+    for job in rows.jobs(args):
+        command = training_command(job)
+        parsed = vars(grpo_aqa.parse_args(command[command.index("--model") :]))
+        ours = dict(job.row.flags) | {"heldout": "v/validation/heldout.json", "heldout_every": 10, "lr": 3e-4}
+        if "normalize_std" in ours:
+            ours["normalize_std"] = False  # parsed from "off"
+        assert {name: parsed[name] for name in ours} == ours
+
+
 def test_toy_rows_have_the_scripts_own_settings():
     args = reproduce.parse_args([])
     for name, script in (("grpo_answer", grpo_aqa), ("sft_full", sft_aqa)):

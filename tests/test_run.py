@@ -27,6 +27,7 @@ from policy import BadClip, data_parallel, encode_prompts
 from reward import format_reward, mmau_match, prediction
 from training import heldout
 from training import run as run_module
+from training.groups import Groups
 from training.metrics import append_jsonl
 from training.optimizer import ShardedAdamW, trainable
 from training.run import Run, replace_bad
@@ -69,7 +70,6 @@ def batches(run):
     found = []
     for _ in run.steps():
         found.append(run.next_batch()[0])
-        run.progress["position"] += run.batch_size
     return found
 
 
@@ -90,7 +90,6 @@ def test_each_question_comes_once_an_epoch(begin, questions):
     seen = []
     for step in run.steps():
         batch, prompt = run.next_batch()
-        run.progress["position"] += run.batch_size
         seen.append((step, batch, prompt))
         assert list(run.clock.phases) == ["data"]
     assert [step for step, *_ in seen] == [1, 2, 3, 4, 5]
@@ -182,7 +181,6 @@ def test_a_bad_clip_in_a_step(begin, questions, bad, flags):
         asked += [question.id for question in run.next_batch()[0]]
         assert set(run.replaced) <= {"d, line 9"}
         counted += run.replaced.count("d, line 9")
-        run.progress["position"] += run.batch_size
     assert counted == 3 and len(asked) == 15 and "bad" not in asked  # three epochs of five
     assert list(run.bad_clips) == ["d, line 9"]
 
@@ -247,11 +245,11 @@ def test_heldout_questions_are_scored_every_few_steps_and_after_the_last(begin, 
 @pytest.mark.parametrize("loss, grad_norm", [(float("nan"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
 def test_a_loss_or_norm_that_is_not_finite_stops_the_run(begin, loss, grad_norm):
     run = begin()
-    run.step, run.batch = 4, run.questions[:2]
+    run.step = 4
     line = "^step 4: the (loss|norm of the gradient) is (not finite|nan|inf), with the questions 0, 1; .* no checkpoint"
     with pytest.raises(InputError, match=line):
-        run.require_finite(loss, grad_norm)
-    run.require_finite(1.0, 1e30)
+        run.require_finite(loss, grad_norm, run.questions[:2])
+    run.require_finite(1.0, 1e30, [])
 
 
 def test_a_record_has_the_measured_values_and_none_for_the_others(begin):
@@ -275,10 +273,11 @@ def test_tensorboard_shows_the_runs_files(begin, questions):
 
     def train(run):
         for step in run.steps():
-            run.next_batch()
+            batch, prompt = run.next_batch()
             run.record(0.1, {"loss": random.random(), "kl": None}, shown=[])
-            advantages = torch.rand(3, 2)
-            run.log_completions([f"{step}"] * 6, {"accuracy": advantages}, advantages, advantages)
+            tokens, rewards = torch.zeros(6, 1), torch.rand(3, 2)
+            groups = Groups(batch, prompt, tokens, tokens, tokens, [f"{step}"] * 6, {"accuracy": rewards}, rewards)
+            run.log_completions(groups, rewards)
             run.save_if_due()
             if step == 3:
                 shutil.copytree(run.out / "resume", run.out / "kept")
@@ -318,6 +317,7 @@ def test_saves_happen_when_due_and_when_stopping(begin, tmp_path):
 
     seen = []
     for run.step in range(1, 6):
+        run.progress["position"] += 3
         append_jsonl(out / "metrics.jsonl", {"step": run.step})
         run.stopping = run.step == 1
         run.save_if_due()

@@ -10,41 +10,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data import Question, build_prompt
+from data import build_prompt
 from evaluation.scores import wilson_interval
 from infra.files import write_text
 from infra.pictures import save_picture
 from reward import REWARDS
+from training.groups import Groups, equal_rewards
 
 # ---- a step ----
 
 
-def summarize(
-    scores: dict[str, Tensor],
-    rewards: Tensor,
-    completions: Tensor,
-    mask: Tensor,
-    stop_ids: list[int],
-    seconds: float,
-) -> dict[str, float]:
+def summarize(sampled: list[Groups], trained: Groups, stop_ids: list[int], seconds: float) -> dict[str, float]:
     """Compute the metrics of a rank's completions. Run.record averages them over the ranks.
 
-    scores: each reward by name, rewards: their weighted sum, [B, G] each. completions, mask: [N, T], as sample_group
-    returns them with stop_ids. seconds: time of the sampling phase.
+    sampled: the groups of each round of sampling; trained: the groups to train on, of replace_equal. stop_ids: those of
+    sample_group. seconds: time of all rounds. Rewards and lengths are those of the first round, so that they describe
+    the policy, not the choice of groups.
     """
+    scores, rewards, mask = sampled[0].scores, sampled[0].rewards, sampled[0].mask
 
     def share(true: Tensor) -> float:
         return true.float().mean().item()
 
-    ended = torch.isin(completions, torch.tensor(stop_ids, device=completions.device)).any(dim=1)  # [N]
+    ended = torch.isin(sampled[0].completions, torch.tensor(stop_ids, device=mask.device)).any(dim=1)  # [N]
+    equal = equal_rewards(rewards)  # [B]
+    tokens = sum(groups.mask.sum().item() for groups in sampled)
     metrics = {
         "reward": rewards.mean().item(),
         "reward_std": rewards.std(dim=1).mean().item(),  # within groups: advantages are made of it
         **{name: score.mean().item() for name, score in scores.items()},
-        "equal_reward_groups": share((rewards == rewards[:, :1]).all(dim=1)),
+        "equal_reward_groups": share(equal),
+        "replaced_groups": share(equal & ~equal_rewards(trained.rewards)),
+        "sampling_rounds": float(len(sampled)),
         "completion_tokens": mask.sum(dim=1).float().mean().item(),
         "truncated_completions": share(~ended),
-        "tokens_per_second": mask.sum().item() / seconds * dist.get_world_size(),  # the mean is the sum over the ranks
+        "tokens_per_second": tokens / seconds * dist.get_world_size(),  # the mean is the sum over the ranks
     }
     if "accuracy" in scores:
         metrics["all_right_groups"] = share((scores["accuracy"] == 1).all(dim=1))
@@ -107,29 +107,26 @@ def _parse_line(line: bytes) -> dict | None:
 def log_completions(
     path: Path,
     step: int,
-    questions: list[Question],
     template: str,
-    texts: list[str],
-    scores: dict[str, Tensor],
-    rewards: Tensor,
+    groups: Groups,
     advantages: Tensor,
 ) -> list[dict]:
     """Add B questions with their G completions each to completions.jsonl, one line per question. Return the lines.
 
-    texts: B * G completions. scores: each reward by name, rewards: their weighted sum, advantages: [B, G] each.
+    advantages: [B, G].
     """
-    group_size, records = rewards.shape[1], []
-    for b, question in enumerate(questions):
+    group_size, records = groups.rewards.shape[1], []
+    for b, question in enumerate(groups.questions):
         record = {
             "step": step,
             "id": question.id,
             "audio": question.audio,
             "prompt": build_prompt(question, template),
             "answer": question.answer,
-            "completions": texts[b * group_size : (b + 1) * group_size],
-            "rewards": rewards[b].tolist(),
+            "completions": groups.texts[b * group_size : (b + 1) * group_size],
+            "rewards": groups.rewards[b].tolist(),
         }
-        record |= {name: score[b].tolist() for name, score in scores.items()}
+        record |= {name: score[b].tolist() for name, score in groups.scores.items()}
         record["advantages"] = [round(advantage, 4) for advantage in advantages[b].tolist()]
         append_jsonl(path, record)
         records.append(record)

@@ -7,7 +7,7 @@ grpo_aqa.train and sft_aqa.train use one Run object:
     run.longest_prompt()        bound on the tokens of any prompt, for the decoder's memory
     run.start(...)              make the run folder, or restore the state to resume from
     run.steps()                 the steps that are left; ends early after SIGTERM
-    run.next_batch()            this rank's questions of the step, encoded ahead by a thread
+    run.next_batch()            this rank's next questions, encoded ahead by a thread
     run.clock("train")          measure a phase; name it if memory runs out
     run.require_finite(...)     stop before a loss or gradient that is not finite reaches the weights
     run.record(...)             metrics.jsonl and the progress bar
@@ -56,6 +56,7 @@ from model.checkpoints import check_model, identify_model, load_on_all_ranks, pi
 from model.lora import add_lora
 from model.qwen2_audio import TOKENS_PER_SECOND, Prompt, freeze_audio_tower
 from policy import BadClip, encode_ahead, listen, to_device
+from training.groups import Groups
 from training.heldout import heldout_table, score_heldout
 from training.metrics import append_jsonl, log_completions
 from training.optimizer import ShardedAdamW
@@ -101,13 +102,13 @@ class Run:
         """
         self.args, self.method, self.device = args, method, device
         self.out = Path(args.out)
-        self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions per step, all ranks
+        self.batch_size = args.prompts_per_rank * dist.get_world_size()  # questions of a batch, all ranks
         started_by = launchers()
         checked = on_rank_0(lambda: check_inputs(args, method, started_by, strict))
         self.config, self.questions, self.heldout, self.state, self.longest_clip = checked  # the last one in seconds
         self.bad_clips: dict[str, str] = {}  # found by this rank in training: what is wrong, by Question.place
-        self.progress: dict = {}  # step; position: questions used by all ranks; before: held-out scores before step 1
-        self.batch: list[Question] = []  # this rank's questions of the step
+        # step; position: questions used by all ranks, also in the current step; before: held-out scores before step 1
+        self.progress: dict = {}
         self.replaced: list[str] = []  # places of the step's questions that had a bad clip
         self.stopping = False  # after a SIGTERM
         self.after: tuple[float, float] | None = None  # held-out scores of the newest step that has some
@@ -153,10 +154,11 @@ class Run:
         _, prompt = next(encode_questions(self.processor, self.questions, shares, self.args, self.bad_clips))
         return to_device(prompt, self.device)
 
-    def start(self, optimizer: ShardedAdamW, order: Callable[[int], list[int]]) -> None:
+    def start(self, optimizer: ShardedAdamW, order: Callable[[int], list[int]], batches_per_step: int = 1) -> None:
         """Make the run folder and score the held-out questions, or restore the state to resume from.
 
         order(position) returns the indices of this rank's next questions. position: questions used so far by all ranks.
+        batches_per_step: the most calls of next_batch in a step.
         """
         args, self.optimizer, self.order = self.args, optimizer, order
         seed = args.seed * 100_003 + dist.get_rank()  # each rank draws its own random numbers
@@ -173,12 +175,13 @@ class Run:
         done = self.progress["step"]
         self.bar = tqdm(desc=self.method, unit="step", initial=done, total=args.steps, disable=dist.get_rank() != 0)
 
-        first, last = self.progress["position"], self.progress["position"] + (args.steps - done) * self.batch_size
+        first = self.progress["position"]
+        last = first + (args.steps - done) * batches_per_step * self.batch_size
         shares = map(self._share, range(first, last, self.batch_size))
         self.batches = encode_questions(self.processor, self.questions, shares, args, self.bad_clips)
 
     def _share(self, position: int) -> list[Question]:
-        """Return this rank's questions of the step at a position of the data order.
+        """Return this rank's questions of the batch at a position of the data order.
 
         With --vary_choice_order, --seed and a question's position in the data order decide the order of its choices.
         """
@@ -201,33 +204,37 @@ class Run:
         for step in range(self.progress["step"] + 1, self.args.steps + 1):
             if self.stopping:
                 return
-            self.step, self.clock = step, Clock(self.device)
+            self.step, self.clock, self.replaced = step, Clock(self.device), []
             yield step
 
     def next_batch(self) -> tuple[list[Question], Prompt]:
-        """Return this rank's questions of the step, and their prompts on the device."""
+        """Return this rank's next questions, and their prompts on the device."""
         with self.clock("data"):
             try:
-                self.batch, prompt = next(self.batches)
+                batch, prompt = next(self.batches)
             except BadClip as error:
                 remedy = "or go on without such clips, with --resume --skip_bad_audio"
                 raise InputError(f"step {self.step}: {error}, {remedy}; {what_is_saved(self.out)}") from None
             prompt = to_device(prompt, self.device)
         if self.args.skip_bad_audio:
             planned = self._share(self.progress["position"])
-            self.replaced = [old.place for old, new in zip(planned, self.batch) if old.place != new.place]
+            self.replaced += [old.place for old, new in zip(planned, batch) if old.place != new.place]
+        self.progress["position"] += self.batch_size
         if self.args.freeze_audio_tower:
             with self.clock("listen"):
                 prompt = listen(self.policy, prompt)  # once for sampling, reference and training
-        return self.batch, prompt
+        return batch, prompt
 
-    def require_finite(self, loss: float, grad_norm: float) -> None:
-        """Raise SharedInputError, with the weights unchanged, if a rank's loss or the gradient is not finite."""
+    def require_finite(self, loss: float, grad_norm: float, batch: list[Question]) -> None:
+        """Raise SharedInputError, with the weights unchanged, if a rank's loss or the gradient is not finite.
+
+        batch: the questions of this rank's loss.
+        """
         finite = mean_over_ranks({"loss": float(math.isfinite(loss))}, self.device)["loss"] == 1
         if finite and math.isfinite(grad_norm):
             return
         fault = f"the norm of the gradient is {grad_norm}" if finite else "the loss is not finite"
-        suspects = self.batch if finite or not math.isfinite(loss) else []
+        suspects = batch if finite or not math.isfinite(loss) else []
         ids = [name for part in gather([question.id for question in suspects]) for name in part]
         raise SharedInputError(
             f"step {self.step}: {fault}, with the questions {list_names(ids)}; the weights are as before the step and "
@@ -267,14 +274,12 @@ class Run:
         self.bar.set_postfix({SHORT.get(name, name): _short(record[name]) for name in shown})
         self.bar.update()
 
-    def log_completions(self, texts: list[str], scores: dict[str, Tensor], rewards: Tensor, advantages: Tensor) -> None:
+    def log_completions(self, groups: Groups, advantages: Tensor) -> None:
         """Write rank 0's completions of the step to completions.jsonl, every --log_completions_every steps."""
         if self.step % self.args.log_completions_every == 0 and dist.get_rank() == 0:
             path = self.out / "completions.jsonl"
             with writing_run(path, self.out):
-                records = log_completions(
-                    path, self.step, self.batch, self.args.template, texts, scores, rewards, advantages
-                )
+                records = log_completions(path, self.step, self.args.template, groups, advantages)
             self.board.log_completions(records)
 
     def save_if_due(self) -> None:
@@ -282,7 +287,7 @@ class Run:
 
         After a SIGTERM, the state is due.
         """
-        self.progress |= {"step": self.step, "position": self.progress["position"] + self.batch_size}
+        self.progress["step"] = self.step
         last = self.step == self.args.steps
         checkpoint = last or self.step % self.args.save_every == 0
         state = last or self.step % self.args.save_state_every == 0 or self.stopping

@@ -41,7 +41,8 @@ FREE_SETTINGS |= {"log_completions_every", "log_kl", "tensorboard", "world_size"
 FREE_SETTINGS |= {"heldout_every", "accumulation_steps", "gradient_checkpointing", "cuda_graph"}
 FREE_SETTINGS |= {"skip_bad_audio", "skipped_questions", "skipped_heldout", "bad_clips_met"}
 FREE_SETTINGS |= {"version", "model_files"}  # have checks of their own
-UNRECORDED = {"vary_choice_order": False}  # values in older runs, which do not record these settings
+# Values in older runs, which do not record these settings.
+UNRECORDED = {"vary_choice_order": False, "dynamic_sampling": 0}
 VERSION = 2  # of the run folder's format; states of other versions are not resumed
 
 # ---- what a run has saved ----
