@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from forked import run_processes
 
-from grpo_aqa import Rollout, accumulate_gradients, loss_length
-from policy import completion_logprobs, data_parallel, encode_prompts
+from grpo_aqa import accumulate_gradients, loss_length, make_rollouts
+from policy import data_parallel, encode_prompts
 from training import toy_model
 from training.optimizer import ShardedAdamW, clip_scale, trainable
 
 GROUP_SIZE, STEPS = 3, 10
-LOSS = dict(temperature=0.9, clip_low=0.2, clip_high=0.2, beta=0.04)
+LOSS = dict(temperature=0.9, clip_low=0.2, clip_high=0.2)
 
 
 def fixed_completions(step, index, vocabulary):
@@ -25,33 +25,35 @@ def fixed_completions(step, index, vocabulary):
 
 
 def train(rank, world_size, parts, dtype, questions, folder):
-    """Take ten AdamW steps on four questions, shared by the ranks and split into parts. Each rank saves its outcome."""
+    """Take ten AdamW steps on four questions, shared by the ranks and split into parts. Each rank saves its outcome.
+
+    Every third step has beta 0, and advantages for one question alone: the others are left out of the training pass.
+    """
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     model, processor = toy_model.make_model(questions, seconds=2, seed=0)
     model.to(dtype)
     reference = copy.deepcopy(model)
-    prompt = encode_prompts(processor, questions[:1], "answer")
-    ddp_policy = data_parallel(model, prompt, checkpointing=parts > 1)
+    ddp_policy = data_parallel(model, encode_prompts(processor, questions[:1], "answer"), checkpointing=parts > 1)
     optimizer = ShardedAdamW(trainable(model))
     gradient_bytes = {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage().nbytes() for p in trained(model)}
-    share = len(questions) // (world_size * parts)
+    indices = range(len(questions))[rank::world_size]
+    prompt = encode_prompts(processor, [questions[index] for index in indices], "answer")
     grad_norms = []  # AdamW hides a gradient of the wrong size
     for step in range(STEPS):
-        rollouts = []
-        for part in range(parts):
-            start = (rank * parts + part) * share
-            indices = range(start, start + share)
-            groups = [fixed_completions(step, index, model.config.text_config.vocab_size) for index in indices]
-            completions, mask, advantages = (torch.cat(tensors) for tensors in zip(*groups))
-            prompt = encode_prompts(processor, [questions[index] for index in indices], "answer")
-            with torch.no_grad():
-                ref_logprobs, _ = completion_logprobs(reference, prompt, completions, mask, LOSS["temperature"])
-            rollouts.append(Rollout(prompt, completions, mask, advantages, ref_logprobs, None))
+        groups = [fixed_completions(step, index, model.config.text_config.vocab_size) for index in indices]
+        completions, mask, advantages = (torch.cat(tensors) for tensors in zip(*groups))
+        beta = 0.04 if step % 3 else 0.0
+        if beta == 0:
+            advantages *= torch.tensor([index == step % 4 for index in indices]).repeat_interleave(GROUP_SIZE)
+        rollouts = make_rollouts(
+            model, reference if beta else None, prompt, completions, mask, advantages,
+            parts=parts, temperature=LOSS["temperature"], keep_old=False,
+        )  # fmt: skip
         average = ("completion", "token")[step % 2]  # the second needs the lengths of all ranks and parts
-        length = loss_length(torch.cat([rollout.mask for rollout in rollouts]), average, max_new_tokens=5)
-        accumulate_gradients(ddp_policy, rollouts, **LOSS, length=length)
+        length = loss_length(mask, average, max_new_tokens=5)
+        accumulate_gradients(ddp_policy, rollouts, **LOSS, beta=beta, length=length)
         assert {p.grad.untyped_storage().data_ptr() for p in trained(model)} == gradient_bytes.keys()  # no second copy
         grad_norms.append(optimizer.grad_norm())
         optimizer.step(1e-4, clip_scale(grad_norms[-1], 1.0))

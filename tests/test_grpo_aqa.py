@@ -331,10 +331,13 @@ def test_without_a_reference_groups_of_equal_rewards_are_left_out(exact, one_ran
             model, reference, prompt, completions, mask, advantages,
             parts=2, temperature=1.0, keep_old=updates > 1, sampled_logprobs=logprobs,
         )  # fmt: skip
+        for rollout in rollouts if updates > 1 else ():
+            rollout.old_logprobs -= 0.3  # as if an update had moved the policy: some tokens are clipped
         model.zero_grad()
         stats = accumulate_gradients(
             ddp_policy, rollouts, temperature=1.0, clip_low=0.2, clip_high=0.2, beta=0.0, length=length
         )
+        assert (stats["clip_fraction"] > 0) == (updates > 1)
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append((stats["loss"], stats["clip_fraction"], gradients))
         sizes = [len(rollout.completions) for rollout in rollouts]
