@@ -80,8 +80,8 @@ def test_names_of_rewards_are_no_other_metrics_or_fields(runs):
     fields = json.loads((runs / "reference" / "completions.jsonl").read_text().splitlines()[0])
     assert {"accuracy", "format"} <= metrics.keys() & fields.keys()
     others = {"step", "lr", "loss", "kl", "clip_fraction", "entropy", "reward", "reward_std", "completion_tokens",
-              "equal_reward_groups", "replaced_groups", "sampling_rounds", "all_right_groups", "all_wrong_groups", "truncated_completions",
-              "tokens_per_second", "sampler_gap", "grad_norm", "peak_memory_gb"}  # fmt: skip
+              "equal_reward_groups", "replaced_groups", "sampling_rounds", "all_right_groups", "all_wrong_groups",
+              "truncated_completions", "tokens_per_second", "sampler_gap", "grad_norm", "peak_memory_gb"}  # fmt: skip
     assert {name for name in metrics if not name.startswith("seconds")} == others | set(REWARDS)
     others |= {"id", "audio", "prompt", "answer", "completions", "rewards", "advantages", "replaced_questions"}
     assert fields.keys() <= others | set(REWARDS) and not others & set(REWARDS)
