@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_processes
-from training_runs import BATCH, QUESTIONS, STEPS, lines, metrics
+from training_runs import BATCH, QUESTIONS, lines, metrics
 
 from data import step_indices
 from model.qwen2_audio import FIELDS, freeze_audio_tower
@@ -76,7 +76,7 @@ def walk(rank, ranks, batch, steps, more, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks, batch, more", [(1, 4, 0), (1, 4, 1), (1, 3, 5), (2, 2, 2)])
+@pytest.mark.parametrize("ranks, batch, more", [(1, 4, 0), (1, 3, 5), (2, 2, 2)])
 def test_the_questions_are_the_ones_of_the_simulation(tmp_path, ranks, batch, more):
     """Two ranks take the same number of rounds. A rank that has enough groups drops the later ones."""
     steps = 12
@@ -92,7 +92,7 @@ def test_the_questions_are_the_ones_of_the_simulation(tmp_path, ranks, batch, mo
 
 def test_a_run_takes_the_questions_in_order(runs, forker):
     """Each round takes the next batch. Groups of equal rewards are replaced by groups of the same step."""
-    flags = ["--model=base", "--data=questions.jsonl", f"--steps={STEPS}", f"--prompts_per_rank={BATCH}",
+    flags = ["--model=base", "--data=questions.jsonl", "--steps=4", f"--prompts_per_rank={BATCH}",
              "--max_new_tokens=8", "--beta=0", "--log_completions_every=1", "--dynamic_sampling=2",
              "--group_size=2", "--out=dynamic"]  # fmt: skip
     done = forker.run(runs, ["grpo_aqa.py", *flags])
@@ -107,7 +107,7 @@ def test_a_run_takes_the_questions_in_order(runs, forker):
         assert useful.count(False) == left * BATCH and (left == 0 or own["sampling_rounds"] == 3)
         replaced = [new["audio"] for new, old in zip(records, stream) if new["audio"] != old]
         assert len(replaced) <= own["replaced_groups"] * BATCH and all(audio in stream[BATCH:] for audio in replaced)
-    progress = runs / "dynamic" / "resume" / f"step_{STEPS:06d}" / "progress.json"
+    progress = runs / "dynamic" / "resume" / "step_000004" / "progress.json"
     assert json.loads(progress.read_text())["position"] == position
     assert len({own["sampling_rounds"] for own in metrics(runs / "dynamic")}) > 1
 

@@ -316,8 +316,7 @@ def test_the_sampler_gap_is_only_rounding(one_rank, tiny, questions):
 # ---- groups of equal rewards ----
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("length", [None, 2.6])
+@pytest.mark.parametrize("length, updates", [(None, 1), (2.6, 2)])
 def test_without_a_reference_groups_of_equal_rewards_are_left_out(exact, one_rank, tiny, questions, length, updates):
     """The gradient and the loss are the ones of all completions. In the second part, all groups have equal rewards."""
     model, prompt = copy.deepcopy(tiny[0]), encode_prompts(tiny[1], questions, "answer")
