@@ -2,6 +2,8 @@
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -111,12 +113,18 @@ def _score(questions: list[Question], rights: list[bool]) -> dict[str, dict]:
 
 def write_table(args: argparse.Namespace, finished: list[Job], picture: bool) -> str:
     """Write results.json and table.md into args.out and, if asked for, table.png. Return the table's text."""
-    found, out = caption(args, finished) | results(args, finished) | {"rates": tuned(args, finished)}, Path(args.out)
-    text = markdown(args, finished, found)
+    found = caption(args, finished) | results(args, finished) | {"rates": tuned(args, finished)}
+    drawing = partial(draw, published=not args.toy) if picture and found["questions"] else None
+    return write_files(args, found, markdown(args, finished, found), drawing)
+
+
+def write_files(args: argparse.Namespace, found: dict, text: str, draw: Callable[[Path, dict], None] | None) -> str:
+    """Write results.json and table.md into args.out and, if there is a `draw`, table.png. Return the table's text."""
+    out = Path(args.out)
     write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
     write_text(out / "table.md", text)
-    if picture and found["questions"]:
-        draw(out / "table.png", found, published=not args.toy)
+    if draw:
+        draw(out / "table.png", found)
     return text
 
 

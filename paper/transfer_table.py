@@ -9,10 +9,9 @@ from statistics import mean, stdev
 
 from data import Question
 from evaluation import scores
-from infra.files import write_text
 from infra.pictures import save_picture
 from paper.rows import TRANSFER_ROWS, Job
-from paper.table import compare, rate_text, table_lines, unfinished, verdicts
+from paper.table import compare, rate_text, table_lines, unfinished, verdicts, write_files
 from paper.transfer import NOISE, TRAINED
 
 COLUMNS = {
@@ -94,12 +93,8 @@ def write_transfer(args: argparse.Namespace, finished: list[Job], picture: bool)
     """Write results.json and table.md into args.out and, if asked for, table.png. Return the table's text."""
     seeds = sorted({job.seed for job in finished})
     found = {"transfer": True, "steps": args.steps, "seeds": seeds, "noise": NOISE} | transfer_results(finished)
-    text, out = transfer_markdown(args, finished, found), Path(args.out)
-    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
-    write_text(out / "table.md", text)
-    if picture and finished:
-        draw_transfer(out / "table.png", found)
-    return text
+    drawing = draw_transfer if picture and finished else None
+    return write_files(args, found, transfer_markdown(args, finished, found), drawing)
 
 
 def transfer_markdown(args: argparse.Namespace, finished: list[Job], found: dict) -> str:

@@ -1,7 +1,6 @@
 """The table of reproduce.py --variants: results.json, table.md and table.png from the finished rows."""
 
 import argparse
-import json
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -9,10 +8,9 @@ from statistics import geometric_mean, mean, stdev
 
 from evaluation.scores import is_right, read_predictions
 from infra.errors import InputError
-from infra.files import write_text
 from infra.pictures import save_picture
 from paper.rows import HELDOUT_EVERY, VARIANT_ROWS, Job
-from paper.table import compare, table_lines, unfinished, verdicts
+from paper.table import compare, table_lines, unfinished, verdicts, write_files
 from paper.transfer_table import spread
 from training.metrics import HELDOUT, read_jsonl
 
@@ -112,12 +110,8 @@ def write_variants(args: argparse.Namespace, finished: list[Job], picture: bool)
     """Write results.json and table.md into args.out and, if asked for, table.png. Return the table's text."""
     seeds = sorted({job.seed for job in finished})
     found = {"variants": True, "steps": args.steps, "target": TARGET, "seeds": seeds} | variants_results(finished)
-    text, out = variants_markdown(args, finished, found), Path(args.out)
-    write_text(out / "results.json", json.dumps(found, indent=2) + "\n")
-    write_text(out / "table.md", text)
-    if picture and finished:
-        draw_variants(out / "table.png", found)
-    return text
+    drawing = draw_variants if picture and finished else None
+    return write_files(args, found, variants_markdown(args, finished, found), drawing)
 
 
 def variants_markdown(args: argparse.Namespace, finished: list[Job], found: dict) -> str:
